@@ -1,0 +1,85 @@
+"""python -m pipeline.cancel RUN: end a run's jobs and every process of theirs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline import procs
+from pipeline.errors import UserError, run_command
+from pipeline.run import endpoint
+from pipeline.run.directory import RunDir
+from pipeline.run.lock import lock
+from pipeline.scheduler import submission as submissions
+from pipeline.scheduler.state import resolve, set_state
+from pipeline.scheduler.submission import Submission
+from pipeline.status import open_run
+
+
+def cancel(run: RunDir, grace_s: float) -> list[str]:
+    """End all jobs of the run, a server on its own included; returns the stages that were ended."""
+    ended: list[str] = []
+    for service in (False, True):
+        submission = submissions.read(run, service)
+        if submission is not None:
+            ended += _cancel(run, submission, grace_s)
+    return ended
+
+
+def _cancel(run: RunDir, submission: Submission, grace_s: float) -> list[str]:
+    open_stages = [
+        stage for job in submission.jobs for stage in job.stages if not resolve(run, submission, stage).ended
+    ]
+    if submission.executor == "slurm":
+        ids = [job.job_id for job in submissions.live_jobs(submission) if job.job_id]
+        status, text = procs.capture(["scancel", *ids]) if ids else (0, "")
+        if status != 0:
+            raise UserError(f"scancel {' '.join(ids)}: {' '.join(text.split())}; run it again")
+    else:
+        _end_local(run, submission, grace_s)
+    for stage in open_stages:
+        if not resolve(run, submission, stage).ended or resolve(run, submission, stage).state == "failed":
+            set_state(run, stage, submission.id, "cancelled", "by pipeline.cancel")
+    if submission.executor == "local":
+        endpoint.withdraw(run)
+    return open_stages
+
+
+def _end_local(run: RunDir, submission: Submission, grace_s: float) -> None:
+    """TERM to the jobs, so that the trainer can save; after the grace time KILL to everything that bears the mark."""
+    live = submissions.live_jobs(submission)
+    for job in live:
+        if job.process is not None and not job.process.here:
+            raise UserError(f"{run.root}: its jobs are processes of {job.process.host}; run pipeline.cancel there")
+    # Last jobs first: a waiting one must not take its parent's end for a reason to start.
+    for job in reversed(live):
+        assert job.process is not None
+        procs.terminate(job.process)
+    deadline = time.monotonic() + grace_s
+    with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C: no more grace
+        while submissions.live_jobs(submission) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    if not submissions.service_alive(run):  # it has its own turn, and its own grace
+        procs.end_marked(run.root, grace_s=0.0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.cancel", description="End a run's jobs.")
+    parser.add_argument("run", type=Path, help="the run directory")
+    parser.add_argument("--grace", type=float, default=30.0, metavar="S", help="seconds to save and stop (default: 30)")
+    arguments = parser.parse_args(argv)
+    run = open_run(arguments.run)
+    with lock(run.root / "control" / "submit.lock", "cancelling"):
+        ended = cancel(run, arguments.grace)
+    name = os.path.relpath(run.root)
+    print(f"{name}: cancelled {', '.join(ended)}" if ended else f"{name}: nothing was running")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

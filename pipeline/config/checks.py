@@ -1,0 +1,119 @@
+"""Checks across configuration sections. Each raises ValueError with one line: key, fault, remedy."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import Config
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What limits the lengths and layers that a model can be used with; None where it is not known."""
+
+    layers: int | None
+    positions: int | None
+    layers_from: str
+    """Where the number of layers is written: a key of the configuration or a file."""
+    positions_from: str
+
+
+def check_sizes(config: Config) -> None:
+    """Refuse sizes that cannot work together, before any job is submitted."""
+    _check_model(config)
+    generate, train, ppo = config.generate, config.train, config.ppo
+    if train.seq_length <= generate.max_new_tokens:
+        raise ValueError(
+            f"train.seq_length: {train.seq_length} leaves no room for a prompt beside generate.max_new_tokens = "
+            f"{generate.max_new_tokens}; raise the first or lower the second"
+        )
+    if ppo.num_rollouts % train.batch_size:
+        raise ValueError(
+            f"ppo.num_rollouts: {ppo.num_rollouts} is not a multiple of train.batch_size = {train.batch_size}; "
+            "every optimiser step takes a full batch"
+        )
+    if ppo.num_rollouts % ppo.chunk_size:
+        raise ValueError(
+            f"ppo.num_rollouts: {ppo.num_rollouts} is not a multiple of ppo.chunk_size = {ppo.chunk_size}; "
+            "rollouts are decoded in full chunks"
+        )
+    if ppo.scale_reward == "ref" and ppo.ref_std is None:
+        raise ValueError('ppo.ref_std: is needed by ppo.scale_reward = "ref"; give the standard deviation')
+    for sequence in generate.stop_sequences:
+        if not sequence:
+            raise ValueError("generate.stop_sequences: an empty stop sequence would end every response; remove it")
+
+
+def _check_model(config: Config) -> None:
+    """Refuse lengths and layers that the model does not have, as far as they are known before anything is fetched."""
+    embedded = config.model.embedded
+    if config.model.path == "embedded" and embedded.hidden_size % embedded.num_heads:
+        raise ValueError(
+            f"model.embedded.hidden_size: {embedded.hidden_size} is not a multiple of "
+            f"model.embedded.num_heads = {embedded.num_heads}; change one of them"
+        )
+    size = _policy_size(config)
+    _check_layers(config.model.num_layers_unfrozen, size)
+    lengths = {"train.seq_length": config.train.seq_length, "sft.max_length": config.sft.max_length}
+    rewards = {"serving.max_length": config.serving.max_length}
+    if config.reward_model.checkpoint is None:  # the reward model is trained from the policy's base
+        lengths |= {"reward_model.max_length": config.reward_model.max_length, **rewards}
+    else:
+        _check_lengths(rewards, _folder_size("reward_model.checkpoint", config.reward_model.checkpoint))
+    _check_lengths(lengths, size)
+
+
+def _check_layers(unfrozen: int, size: ModelSize) -> None:
+    """PPO trains the top of a split model: at least one layer, and at least one stays frozen below."""
+    if unfrozen < 1:
+        raise ValueError(
+            f"model.num_layers_unfrozen: {unfrozen} is not supported: PPO trains a number of top layers and keeps "
+            "those below frozen; give 1 or more"
+        )
+    if size.layers is not None and unfrozen >= size.layers:
+        raise ValueError(
+            f"model.num_layers_unfrozen: {unfrozen} leaves none of the model's {size.layers} layers "
+            f"({size.layers_from}) frozen, which PPO does not support; give at most {size.layers - 1}"
+        )
+
+
+def _check_lengths(lengths: dict[str, int], size: ModelSize) -> None:
+    for key, length in lengths.items():
+        if size.positions is not None and length > size.positions:
+            raise ValueError(
+                f"{key}: {length} is more than the model's {size.positions} positions ({size.positions_from}); "
+                f"give at most {size.positions}"
+            )
+
+
+def _policy_size(config: Config) -> ModelSize:
+    if config.model.path != "embedded":
+        return _folder_size("model.path", config.model.path)
+    embedded = config.model.embedded
+    keys = ("model.embedded.num_layers", "model.embedded.max_positions")
+    return ModelSize(embedded.num_layers, embedded.max_positions, *keys)
+
+
+def _folder_size(key: str, name: str) -> ModelSize:
+    """What the config.json of a model folder says; nothing is known of a hub id."""
+    path = Path(name) / "config.json"
+    raw: Any = {}
+    if path.is_file():
+        try:
+            raw = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{key}: {path}: cannot be read ({error}); restore it, or give another folder") from None
+        if not isinstance(raw, dict):
+            raise ValueError(f"{key}: {path}: is not a JSON object; restore it, or give another folder")
+    layers = _first_int(raw, "num_hidden_layers", "n_layer")
+    positions = _first_int(raw, "max_position_embeddings", "n_positions")
+    return ModelSize(layers, positions, str(path), str(path))
+
+
+def _first_int(raw: dict[str, Any], *keys: str) -> int | None:
+    """The first of the keys that holds a number; architectures name the same thing differently."""
+    return next((raw[key] for key in keys if type(raw.get(key)) is int), None)

@@ -1,0 +1,66 @@
+"""What differs between machines and sites: the cluster profile (slurm/*.yaml)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from pipeline.config.section import Section, Text
+from pipeline.errors import nearest
+from pipeline.stages.names import STAGES
+
+
+class Resources(Section):
+    """What one stage's job asks Slurm for. The local executor ignores everything but the time limit."""
+
+    time_min: int = Field(24 * 60, ge=1)
+    """The job's time limit, in minutes."""
+    cpus: int = Field(8, ge=1)
+    """CPU cores on each node."""
+    mem_gb: int = Field(64, ge=1)
+    """Main memory on each node, in GiB."""
+    gpus: int = Field(0, ge=0)
+    """GPUs on each node; 0 asks for none."""
+    nodes: int = Field(1, ge=1)
+    """Nodes of the job. The work runs on the first of them."""
+
+
+class Cluster(Section):
+    """A cluster profile: how and where the stages' jobs run."""
+
+    name: str = Field("local", min_length=1)
+    """What the profile is called, for people."""
+    executor: Literal["local", "slurm"] = "local"
+    """Jobs are child processes on this machine, or Slurm jobs."""
+    placement: Literal["colocated"] = "colocated"
+    """The server and the training in one job on one node."""
+    account: str | None = Field(None, min_length=1)
+    """Slurm account that is charged (sbatch --account)."""
+    partition: str | None = Field(None, min_length=1)
+    """Slurm partition (sbatch --partition)."""
+    qos: str | None = Field(None, min_length=1)
+    """Slurm quality of service (sbatch --qos)."""
+    constraint: str | None = Field(None, min_length=1)
+    """Features that the nodes must have (sbatch --constraint)."""
+    setup: tuple[Text, ...] = ()
+    """Shell lines before each job's work (module load ...)."""
+    extra: dict[str, str | int | bool] = Field(default_factory=dict)
+    """Further sbatch options, by their long names."""
+    default: Resources = Resources()
+    stages: dict[str, Resources] = Field(default_factory=dict)
+    """Resources of single stages; a stage that is not named takes `default`."""
+
+    @field_validator("stages")
+    @classmethod
+    def _stages_exist(cls, stages: dict[str, Resources]) -> dict[str, Resources]:
+        for name in stages:
+            if name not in STAGES:
+                raise ValueError(
+                    f"cluster.stages.{name}: unknown stage{nearest(name, STAGES)}; stages: {', '.join(STAGES)}"
+                )
+        return stages
+
+    def resources(self, stage: str) -> Resources:
+        """What `stage` asks for."""
+        return self.stages.get(stage, self.default)

@@ -1,0 +1,88 @@
+"""Where preferences come from: the demo set, a folder, or a data set of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.schema import Config
+from pipeline.data.demo import demo_preferences
+from pipeline.data.hub import hub_errors
+from pipeline.data.preferences import SPLITS, Preference, parse_rows, read_jsonl
+from pipeline.errors import UserError
+
+Rows = Iterator[tuple[str, Mapping[str, Any]]]
+
+
+def load_source(config: Config, environ: Mapping[str, str] = os.environ) -> dict[str, list[Preference]]:
+    """Return the preferences of `config.data`, {"train": [...], "test": [...]}, cut to the configured limits.
+
+    "hh" stands for the folder that the environment variable HH_DATA names. UserError for a source that is not
+    there, cannot be reached, or holds a malformed row.
+    """
+    data = config.data
+    limits = {"train": data.limit_train, "test": data.limit_test}
+    if data.source == "demo":
+        made = demo_preferences(config.seed, data.demo.train, data.demo.test)
+        return {split: made[split][: limits[split]] for split in SPLITS}
+    folder = _folder(data.source, environ)
+    loaded = {}
+    for split in SPLITS:
+        if folder is not None:
+            rows, name = read_jsonl(_file(folder, split)), str(folder)
+        else:
+            rows, name = _hub_rows(data.source, split, data.revision, data.subsets), data.source
+        loaded[split] = parse_rows(rows, limits[split], f"{name} ({split})")
+    return loaded
+
+
+def _folder(source: str, environ: Mapping[str, str]) -> Path | None:
+    """The folder that `source` stands for, or None for a hub id."""
+    if source == "hh":
+        if not environ.get("HH_DATA"):
+            raise UserError(
+                "data.source: hh: HH_DATA is not set; set it to the folder with HH's train.jsonl.gz and test.jsonl.gz, "
+                "or use data.source=Anthropic/hh-rlhf"
+            )
+        source = environ["HH_DATA"]
+        if not Path(source).is_dir():
+            raise UserError(f"HH_DATA: {source}: no such folder; set it to the folder with HH's files")
+        return Path(source)
+    if Path(source).is_dir():
+        return Path(source)
+    looks_local = source.startswith(("/", "./", "../", "~")) or source.count("/") > 1
+    if looks_local:
+        raise UserError(f"data.source: {source}: no such folder; give 'demo', a folder or a hub data set")
+    return None
+
+
+def _file(folder: Path, split: str) -> Path:
+    for name in (f"{split}.jsonl", f"{split}.jsonl.gz"):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(
+        f"{folder}: has no {split}.jsonl or {split}.jsonl.gz; a data folder holds train.jsonl[.gz] and "
+        "test.jsonl[.gz], "
+        'rows {"chosen", "rejected"} or {"prompt", "chosen", "rejected"}'
+    )
+
+
+def _hub_rows(name: str, split: str, revision: str | None, subsets: tuple[str, ...]) -> Rows:
+    """Rows of a hub data set's split; of HH's folders (`data_dir`) one after the other."""
+    return chain.from_iterable(_subset_rows(name, split, revision, subset) for subset in subsets or (None,))
+
+
+def _subset_rows(name: str, split: str, revision: str | None, subset: str | None) -> Rows:
+    from datasets import load_dataset
+
+    place = f"{name}/{subset}" if subset else name
+    with hub_errors(
+        f"data.source: {place}: cannot load split {split}",
+        "run --stage prefetch where the hub can be reached, correct the name, or give a folder",
+    ):
+        rows = load_dataset(name, data_dir=subset, revision=revision, split=split)
+    for number, row in enumerate(rows):
+        yield f"{place} ({split}) row {number}", row

@@ -1,0 +1,70 @@
+"""--dry-run: the plan, each job, and every command line that would run. Writes nothing."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.config.schema import Config
+from pipeline.run.directory import RunDir
+from pipeline.scheduler.executor import slurm_options
+from pipeline.scheduler.submit import group_jobs
+from pipeline.stages.base import Work
+from pipeline.stages.devices import split_devices, visible_devices
+from pipeline.stages.plan import Planned
+from pipeline.stages.registry import REGISTRY
+
+
+def show_plan(run: RunDir, config: Config, plan: Sequence[Planned]) -> None:
+    """Print everything that `submit` would do."""
+    print(f"plan for {run.root} (preset {config.preset}, cluster {config.cluster.name}):")
+    for each in plan:
+        print(f"  {each.stage:<13}{each.action:<7}{each.reason}")
+    for job in group_jobs(config, plan):
+        waits = f", after {', '.join(job.waits_for)}" if job.waits_for else ""
+        print(f"\njob {job.name} ({config.cluster.executor}{waits})")
+        if config.cluster.executor == "slurm":
+            for key, value in slurm_options(config.cluster, job).items():
+                print(f"  #SBATCH --{key}" + ("" if value is True else f"={value}"))
+        for stage in job.stages:
+            print("  " + render_command(run, config, stage))
+
+
+def render_command(run: RunDir, config: Config, stage: str) -> str:
+    """A stage's command line as a shell would take it, with its own environment in front."""
+    if stage == "serve":
+        return render_server(run, config)
+    devices = _devices(config, stage)
+    train_devices, _ = split_devices(devices)
+    work = Work(run, config, run.attempt(stage, 0) / "out", train_devices if stage == "train" else devices)
+    definition = REGISTRY[stage]
+    environment = " ".join(f"{key}={shlex.quote(value)}" for key, value in definition.environment(work).items())
+    return (environment + " " if environment else "") + shlex.join(definition.command(work))
+
+
+def render_server(run: RunDir, config: Config) -> str:
+    """tritonserver's command line; what is only known when it starts stands in angle brackets."""
+    from pipeline.serving import engines
+
+    folder = Path(run.values("sandbox").get("path", "<sandbox>"))
+    name = run.values("sandbox").get("engine") or engines.choose_engine(config.sandbox.engine)
+    engine: engines.Engine
+    if name == "venv":
+        engine = engines.Venv(folder, ())
+    elif name == "docker":
+        engine = engines.Docker(config.sandbox.image)
+    else:
+        engine = engines.Apptainer(str(folder / "image"), name=name)
+    _, devices = split_devices(_devices(config, "train"))
+    address = "unix:<socket folder>/rm.sock" if config.serving.bind == "unix" else "127.0.0.1"
+    port = config.serving.grpc_port or 8001
+    spec = engines.ServerSpec(run.root / "model_store", address, port, devices)
+    return f"CUDA_VISIBLE_DEVICES={','.join(devices)} {shlex.join(engine.server_argv(spec))}"
+
+
+def _devices(config: Config, stage: str) -> tuple[str, ...]:
+    """This machine's GPUs for local jobs; for Slurm as many as the profile asks for, numbered from 0."""
+    if config.cluster.executor == "slurm":
+        return tuple(str(index) for index in range(config.cluster.resources(stage).gpus))
+    return visible_devices()

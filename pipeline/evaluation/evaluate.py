@@ -1,0 +1,250 @@
+"""Evaluation: `python -m pipeline.evaluation.evaluate --run RUN --out DIR`.
+
+Compares the trained policy with what it started from, on held-out prompts, with the same sampler, and the same noise
+for the same prompt. Makes the artifact "report": report.json and the page index.html.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.procs import die_with_parent
+
+if __name__ == "__main__":
+    die_with_parent()  # before the imports below, which take seconds
+
+import torch
+import transformers
+
+from pipeline.config.schema import Config
+from pipeline.data.preferences import Preference, read_split
+from pipeline.data.tokens import load_tokenizer, same_vocabulary
+from pipeline.errors import UserError, run_command
+from pipeline.evaluation.html import render_report
+from pipeline.evaluation.statistics import paired_difference, win_rate
+from pipeline.run import atomic, sources
+from pipeline.run.directory import RunDir
+from pipeline.run.work import Progress, parse_work, write_result
+from pipeline.serving.client import connect_scorer
+from pipeline.training.advantages import kl_k3
+from pipeline.training.decode import Response
+from pipeline.training.metrics import Row, read_rows
+from pipeline.training.models import disable_dropout, load_causal_lm
+from pipeline.training.policy import token_logprobs
+from pipeline.training.prompts import blocks, generator_for
+from pipeline.training.rollout import Sampler
+from pipeline.training.scoring_text import ScoringText
+from pipeline.training.split import Split, split_model
+from pipeline.training.stopping import StopSequences
+
+if TYPE_CHECKING:
+    from pipeline.serving.scorer import Scorer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One policy's answer to one prompt."""
+
+    text: str
+    reward: float
+    response: Response
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Compare, and write the report."""
+    run, config, out = parse_work(__doc__.splitlines()[0], argv)
+    transformers.utils.logging.disable_progress_bar()
+    preferences = read_split(run, "test")[: config.evaluate.num_prompts]
+    if len(preferences) < 2:
+        raise UserError(f"{run.root}: the test split has {len(preferences)} rows; an evaluation needs at least 2")
+    start, trained = sources.policy_start_path(run, config), run.artifact("train", "policy")
+    scorer = connect_scorer(run, config)
+    progress = Progress(out, 2 * len(preferences))
+    try:
+        report = compare(run, config, start, trained, preferences, scorer, progress)
+    finally:
+        scorer.close()
+    atomic.write_json(out / "report" / "report.json", report)
+    atomic.write_text(out / "report" / "index.html", render_report(report, training_rows(run)))
+    write_result(out, {"report": "report"}, headline(report))
+    logger.info("win rate %.3f, reward %+.3f", report["win_rate"], report["paired"]["mean"])
+
+
+def training_rows(run: RunDir) -> list[Row]:
+    """The metrics of the training that made the policy; a later one, unfinished, may own the link at the top."""
+    return read_rows(run.root / run.values("train").get("metrics", run.metrics.name))
+
+
+def compare(
+    run: RunDir,
+    config: Config,
+    start: Path,
+    trained: Path,
+    preferences: Sequence[Preference],
+    scorer: Scorer,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Sample from both, score, and put the report together."""
+    tokenizer = load_tokenizer(trained)
+    reward_folder = sources.reward_model_path(run, config)
+    scoring = ScoringText(
+        policy=tokenizer,
+        reward=load_tokenizer(reward_folder),
+        same_vocabulary=same_vocabulary(trained, reward_folder),
+        stops=StopSequences(tokenizer, config.generate.stop_sequences),
+        max_length=config.serving.max_length,
+    )
+    chosen = score_answers(preferences, scoring, scorer, config.evaluate.batch_size)
+
+    def answers(split: Split, done: int) -> list[Answer]:
+        sampler = Sampler(
+            split, tokenizer, scoring, scorer, config.generate, config.prompt_length, contextlib.nullcontext
+        )
+        report = lambda count: progress.update(done + count, "sampling")  # noqa: E731
+        return sample_answers(sampler, preferences, config.evaluate.batch_size, config.seed, report)
+
+    base = load_split(start, config)
+    sft = answers(base, 0)
+    tuned = load_split(trained, config)
+    policy = answers(tuned, len(preferences))
+    kl = mean_kl(tuned, base, [answer.response for answer in policy], config)
+    return build_report(run, config, preferences, sft, policy, chosen, kl)
+
+
+def load_split(path: Path, config: Config) -> Split:
+    """The model at `path` on this process's device: float32 on a CPU, bf16 on a GPU."""
+    on_gpu = torch.cuda.is_available()
+    model = load_causal_lm(path, torch.bfloat16 if on_gpu else torch.float32)
+    disable_dropout(model)
+    return split_model(model.to("cuda" if on_gpu else "cpu"), config.model.num_layers_unfrozen)
+
+
+def score_answers(
+    preferences: Sequence[Preference], scoring: ScoringText, scorer: Scorer, batch_size: int
+) -> list[float]:
+    """The rewards of the data set's chosen answers."""
+    sequences = [scoring.answer(preference.prompt, preference.chosen) for preference in preferences]
+    futures = [scorer.submit([sequences[i] for i in rows]) for rows in blocks(range(len(sequences)), batch_size)]
+    return [score for future in futures for score in future.result()]
+
+
+def sample_answers(
+    sampler: Sampler, preferences: Sequence[Preference], batch_size: int, seed: int, report: Callable[[int], None]
+) -> list[Answer]:
+    """One scored answer a prompt. A prompt's noise depends on the seed and its place alone, not on the policy."""
+    chunks = []
+    for number, rows in enumerate(blocks(range(len(preferences)), batch_size)):
+        generator = generator_for(sampler.split.device, seed, "evaluate", number)
+        chunks.append(sampler.sample([preferences[row].prompt for row in rows], generator))
+        report(rows[-1] + 1)
+    return [
+        Answer(sampler.scoring.text(response), score, response)
+        for responses, pending in chunks
+        for response, score in zip(responses, pending.result(), strict=True)
+    ]
+
+
+def mean_kl(policy: Split, start: Split, responses: Sequence[Response], config: Config) -> float:
+    """KL(policy || start) in nats per response, by k3 on the policy's own samples."""
+    total = 0.0
+    for rows in blocks(range(len(responses)), config.evaluate.batch_size):
+        batch = [responses[row] for row in rows]
+        temperature = config.generate.temperature
+        ours, theirs = (response_logprobs(split, batch, temperature) for split in (policy, start))
+        total += float(kl_k3(ours, theirs).double().sum())
+    return total / len(responses)
+
+
+@torch.no_grad()
+def response_logprobs(split: Split, responses: Sequence[Response], temperature: float) -> torch.Tensor:
+    """Log-probabilities of all responses' tokens, one after the other (n,), by a forward of the whole model."""
+    inputs = [torch.tensor(response.prompt + response.tokens[:-1]) for response in responses]
+    ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(split.device)  # (B, T)
+    hidden = split.top.part(split.trunk(ids))  # (B, T, H); right padding is hidden by causality
+    parts = []
+    for row, response in enumerate(responses):
+        first = len(response.prompt) - 1
+        logits = split.top.head(hidden[row, first : first + len(response.tokens)])
+        targets = torch.tensor(response.tokens, device=split.device)
+        parts.append(token_logprobs(logits, targets, temperature, False)[0])
+    return torch.cat(parts)
+
+
+def build_report(
+    run: RunDir,
+    config: Config,
+    preferences: Sequence[Preference],
+    sft: Sequence[Answer],
+    policy: Sequence[Answer],
+    chosen: Sequence[float],
+    kl: float,
+) -> dict[str, Any]:
+    """The report as plain JSON types."""
+    before, after = [answer.reward for answer in sft], [answer.reward for answer in policy]
+    samples = [
+        {
+            "prompt": preferences[i].prompt,
+            "sft": sft[i].text,
+            "sft_reward": before[i],
+            "policy": policy[i].text,
+            "policy_reward": after[i],
+            "chosen": preferences[i].chosen,
+            "chosen_reward": chosen[i],
+        }
+        for i in range(min(config.evaluate.num_samples, len(preferences)))
+    ]
+    generate = config.generate
+    return {
+        "sft": _side(sft, chosen),
+        "policy": _side(policy, chosen),
+        "paired": asdict(paired_difference(before, after)),
+        "win_rate": win_rate(before, after),
+        "kl": kl,
+        "samples": samples,
+        "reward_model": run.values("reward-model"),
+        "config": {
+            "preset": config.preset,
+            "seed": config.seed,
+            "model": config.model.path,
+            "prompts": len(preferences),
+            "max_new_tokens": generate.max_new_tokens,
+            "temperature": generate.temperature,
+            "top_k": generate.top_k,
+            "top_p": generate.top_p,
+        },
+    }
+
+
+def headline(report: dict[str, Any]) -> dict[str, Any]:
+    """The numbers that the stage records."""
+    return {
+        "reward_sft": report["sft"]["reward_mean"],
+        "reward_policy": report["policy"]["reward_mean"],
+        "delta_sft": report["sft"]["delta_mean"],
+        "delta_policy": report["policy"]["delta_mean"],
+        "paired": report["paired"],
+        "win_rate": report["win_rate"],
+        "kl": report["kl"],
+        "prompts": report["paired"]["n"],
+    }
+
+
+def _side(answers: Sequence[Answer], chosen: Sequence[float]) -> dict[str, float]:
+    return {
+        "reward_mean": statistics.fmean(answer.reward for answer in answers),
+        "delta_mean": statistics.fmean(answer.reward - base for answer, base in zip(answers, chosen, strict=True)),
+        "length_mean": statistics.fmean(len(answer.response.tokens) for answer in answers),
+        "ended": statistics.fmean(answer.response.finish != "length" for answer in answers),
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)

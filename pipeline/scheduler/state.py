@@ -1,0 +1,64 @@
+"""A stage's state, worked out from what it wrote and whether its job lives. Never from the executor's word alone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.run import atomic, events
+from pipeline.run.directory import RunDir
+from pipeline.scheduler.submission import Submission, job_alive
+
+ENDED = ("done", "skipped", "failed", "cancelled", "stopped")
+
+
+@dataclass(frozen=True)
+class State:
+    """stages/<stage>/state.json, written by the stage's job (and by `cancel`)."""
+
+    submission: str
+    state: str
+    """pending, waiting, running, done, skipped, failed, cancelled or stopped."""
+    reason: str = ""
+    attempt: int = 0
+    time: float = 0.0
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
+
+    @property
+    def good(self) -> bool:
+        """Whether stages that need this one can go on."""
+        return self.state in ("done", "skipped")
+
+
+def set_state(run: RunDir, stage: str, submission: str, state: str, reason: str = "", attempt: int = 0) -> None:
+    """Record a change of state, in state.json and in the events."""
+    now = State(submission, state, reason, attempt, time.time())
+    atomic.write_json(run.stage(stage) / "state.json", asdict(now))
+    events.record(run, f"stage {state}", stage=stage, reason=reason, attempt=attempt, submission=submission)
+
+
+def recorded_state(run: RunDir, stage: str) -> State | None:
+    """What the stage's job wrote last, or None."""
+    raw: dict[str, Any] | None = atomic.read_json(run.stage(stage) / "state.json")
+    return State(**raw) if raw is not None else None
+
+
+def resolve(run: RunDir, submission: Submission, stage: str) -> State:
+    """The state of a stage of `submission`: a job that is gone without having said how it ended has failed."""
+    job = submission.job_of(stage)
+    if job is None:
+        return State(submission.id, "skipped", "not part of this submission")
+    alive = job_alive(submission, job)
+    recorded = recorded_state(run, stage)  # read after asking for the job: it may end in between
+    if recorded is None or recorded.submission != submission.id:
+        recorded = State(submission.id, "pending")
+    if recorded.ended or alive:
+        return recorded
+    if job.job_id is None and time.time() - submission.time < 20:
+        return recorded  # still being submitted
+    what = "was never submitted" if job.job_id is None else f"died (job {job.job_id}): it was killed or lost its node"
+    return State(submission.id, "failed", what, recorded.attempt, recorded.time)

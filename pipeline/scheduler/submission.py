@@ -1,0 +1,145 @@
+"""submission.json: the jobs of the latest submission, and whether they still live.
+
+Plain files only: reading a run's state needs neither submitit nor the configuration.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from pipeline import procs
+from pipeline.run import atomic
+from pipeline.run.directory import RunDir
+
+SLURM_S = 10.0
+"""Seconds between questions to Slurm's controller, which a whole cluster asks."""
+_asked: dict[tuple[str, ...], tuple[float, set[str]]] = {}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One submitted job: the stages that run in it, in order, and the stages that it waits for."""
+
+    stages: tuple[str, ...]
+    waits_for: tuple[str, ...] = ()
+    job_id: str | None = None
+    """None until the executor has answered: a crash in between leaves this as evidence."""
+    process: procs.ProcessId | None = None
+    """The job's controller, for local jobs."""
+
+    @property
+    def name(self) -> str:
+        return "+".join(self.stages)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One call of the submitter that had something to run."""
+
+    id: str
+    executor: str
+    jobs: tuple[Job, ...]
+    forced: tuple[str, ...] = ()
+    time: float = 0.0
+    service: bool = False
+    """Whether a server runs on its own in it, outside a training's job. Such a submission has a record of its own,
+    so that trainings can be submitted while the server goes on."""
+
+    def job_of(self, stage: str) -> Job | None:
+        """The job that runs `stage`, or None."""
+        return next((job for job in self.jobs if stage in job.stages), None)
+
+    def with_job(self, job: Job) -> Submission:
+        """The submission with the job of the same name replaced."""
+        return replace(self, jobs=tuple(job if old.name == job.name else old for old in self.jobs))
+
+
+def write(run: RunDir, submission: Submission) -> None:
+    """Record the submission."""
+    atomic.write_json(_path(run, submission.service), asdict(submission))
+
+
+def find(run: RunDir, submission_id: str) -> Submission | None:
+    """The recorded submission with this id, or None when another has taken its place."""
+    for service in (False, True):
+        submission = read(run, service)
+        if submission is not None and submission.id == submission_id:
+            return submission
+    return None
+
+
+def read(run: RunDir, service: bool = False) -> Submission | None:
+    """The latest submission, or the latest with a server on its own; None when there was none."""
+    raw = atomic.read_json(_path(run, service))
+    if raw is None:
+        return None
+    jobs = []
+    for job in raw.pop("jobs"):
+        process = job.pop("process")
+        stages, waits_for = tuple(job.pop("stages")), tuple(job.pop("waits_for"))
+        jobs.append(Job(stages, waits_for, process=procs.ProcessId(**process) if process else None, **job))
+    raw["forced"] = tuple(raw["forced"])
+    return Submission(jobs=tuple(jobs), **raw)
+
+
+def busy(run: RunDir) -> Submission | None:
+    """The submission that still works on the run's stages, or None. A server on its own does not count."""
+    for service in (False, True):
+        submission = read(run, service)
+        if submission is not None and any(job.stages != ("serve",) for job in live_jobs(submission)):
+            return submission
+    return None
+
+
+def job_alive(submission: Submission, job: Job) -> bool:
+    """Whether the job is waiting or running."""
+    if submission.executor == "local":
+        return job.process is not None and job.process.alive()
+    return job.job_id is not None and job.job_id in _slurm_jobs(submission)
+
+
+def live_jobs(submission: Submission | None) -> list[Job]:
+    """The submission's jobs that are waiting or running."""
+    if submission is None:
+        return []
+    if submission.executor == "local":
+        return [job for job in submission.jobs if job_alive(submission, job)]
+    known = _slurm_jobs(submission)
+    return [job for job in submission.jobs if job.job_id in known]
+
+
+def slurm_jobs(job_ids: Sequence[str]) -> set[str]:
+    """Those of the jobs that Slurm holds in its queue (pending, running, requeued, completing).
+
+    When Slurm does not answer, nothing is known: all of them count as living, so that no state is made up, nothing is
+    submitted a second time, and a cancellation still reaches them.
+    """
+    if not job_ids:
+        return set()
+    status, text = procs.capture(["squeue", "--noheader", "--format=%i", f"--jobs={','.join(job_ids)}"])
+    if status == 0:
+        return set(text.split()) & set(job_ids)
+    return set() if "Invalid job id" in text else set(job_ids)  # it has forgotten every one of them: they are over
+
+
+def _slurm_jobs(submission: Submission) -> set[str]:
+    """The submission's jobs in the queue; asked for all at once, and not more often than every SLURM_S seconds."""
+    ids = tuple(job.job_id for job in submission.jobs if job.job_id)
+    known = _asked.get(ids)
+    if known is None or time.monotonic() - known[0] > SLURM_S:
+        known = _asked[ids] = (time.monotonic(), slurm_jobs(ids))
+    return known[1]
+
+
+def service_alive(run: RunDir) -> bool:
+    """Whether a server that runs on its own (a `--stage serve` job) is alive."""
+    submission = read(run, service=True)
+    job = submission.job_of("serve") if submission else None
+    return submission is not None and job is not None and job_alive(submission, job)
+
+
+def _path(run: RunDir, service: bool) -> Path:
+    return run.root / "services" / "submission.json" if service else run.root / "submission.json"

@@ -1,0 +1,88 @@
+"""From a plan to submitted jobs: grouping, the submission record, what is already running."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+from collections.abc import Sequence
+
+from pipeline.config import load
+from pipeline.config.schema import Config
+from pipeline.errors import UserError
+from pipeline.run import atomic, endpoint, events, provenance
+from pipeline.run.directory import RunDir
+from pipeline.scheduler import submission as submissions
+from pipeline.scheduler.state import set_state
+from pipeline.scheduler.submission import Job, Submission
+from pipeline.stages.names import STAGES
+from pipeline.stages.plan import Planned
+from pipeline.stages.registry import REGISTRY
+
+log = logging.getLogger("pipeline")
+
+
+def group_jobs(config: Config, plan: Sequence[Planned]) -> tuple[Job, ...]:
+    """The jobs of the stages that run or may run: one a stage, but the server and its training together."""
+    stages = [planned.stage for planned in plan if planned.action != "skip"]
+    jobs = []
+    for stage in stages:
+        if stage == "serve" and "train" in stages:
+            continue
+        members = ("serve", "train") if stage == "train" and "serve" in stages else (stage,)
+        wanted = {need for member in members for need in _parents(config, member)}
+        jobs.append(Job(members, tuple(name for name in STAGES if name in wanted & set(stages) - set(members))))
+    return tuple(jobs)
+
+
+def submit(run: RunDir, config: Config, plan: Sequence[Planned], forced: Sequence[str]) -> Submission:
+    """Write the configuration and the submission, and hand its jobs to the executor.
+
+    The caller holds the run's lock and has made sure that no job of an earlier submission lives.
+    """
+    from pipeline.scheduler import executor
+
+    jobs = group_jobs(config, plan)
+    submission = Submission(
+        id=f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}",
+        executor=config.cluster.executor,
+        jobs=jobs,
+        forced=tuple(forced),
+        time=time.time(),
+        service=any(job.stages == ("serve",) for job in jobs),
+    )
+    save_config(run, config)
+    provenance.write(run)
+    run.stop_flag.unlink(missing_ok=True)
+    if not submissions.service_alive(run):
+        endpoint.withdraw(run)  # of a job that was killed
+    submissions.write(run, submission)
+    for job in jobs:
+        for stage in job.stages:
+            set_state(run, stage, submission.id, "pending")
+    return executor.submit_jobs(run, submission, config.cluster)
+
+
+def save_config(run: RunDir, config: Config) -> None:
+    """Write config.yaml when it differs from what is there; the change goes to the events."""
+    text = load.dump(config)
+    old = run.config.read_text("utf-8") if run.config.exists() else None
+    if text == old:
+        return
+    atomic.write_text(run.config, text)
+    events.record(run, "configuration written" if old is None else "configuration changed")
+
+
+def refuse_other_config(run: RunDir, config: Config) -> None:
+    """While jobs live, the configuration that they read must stay: UserError when `config` is another."""
+    if run.config.exists() and load.dump(config) != run.config.read_text("utf-8"):
+        raise UserError(
+            f"{run.root}: jobs of this run are alive and read another configuration; wait for them, "
+            f"stop them with python -m pipeline.cancel {os.path.relpath(run.root)}, or choose another --run-dir"
+        )
+
+
+def _parents(config: Config, stage: str) -> tuple[str, ...]:
+    definition = REGISTRY[stage]
+    return (*definition.needs(config), *definition.after(config))

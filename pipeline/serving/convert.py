@@ -1,0 +1,179 @@
+"""The convert stage: turns the run's reward model into a Triton model store and proves that both agree.
+
+python -m pipeline.serving.convert --run RUN --out DIR
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config.schema import Serving
+from pipeline.errors import UserError, run_command
+from pipeline.run.sources import reward_model_path
+from pipeline.run.work import Progress, parse_work, write_result
+from pipeline.serving import model_store
+from pipeline.serving.scoring import CODE_VERSION, RewardModel
+from pipeline.training.models import load_reward_model
+
+STORE = "model_store"
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write DIR/model_store and record its identity and how well it agrees with the eager model."""
+    run, config, out = parse_work("Convert the reward model into a Triton model store.", argv)
+    progress = Progress(out, total=3, every_s=0.0)
+    source = reward_model_path(run, config)
+    manifest = convert(source, out / STORE, config.serving, config.reward_model.checkpoint, progress)
+    values = {
+        "identity": manifest.identity,
+        "model_name": manifest.model_name,
+        "dtype": manifest.dtype,
+        "weights_sha256": manifest.weights_sha256,
+        "parity_max_difference": manifest.parity["max_difference"],
+        "parity_allowed": manifest.parity["allowed"],
+    }
+    write_result(out, {STORE: STORE}, values)
+
+
+def convert(
+    source: Path, store: Path, serving: Serving, checkpoint: str | None = None, progress: Progress | None = None
+) -> model_store.Manifest:
+    """Write a model store for the reward model in folder `source` and return its manifest.
+
+    Raises UserError when the model is not a one-label classifier, has missing or unexpected weights or too few
+    positions, or when the store's rewards differ from the eager float32 model's by more than is allowed.
+    """
+    report = progress.update if progress is not None else _no_progress
+    check_config(source, serving.max_length)
+    shutil.rmtree(store, ignore_errors=True)  # an earlier, interrupted conversion
+    name = model_store.model_name(serving, checkpoint)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    report(0, "scoring with the eager model")
+    reference_model = load_reference(source, device)
+    sequences = probe_sequences(reference_model.get_input_embeddings().num_embeddings, serving.max_length)
+    reference = [reference_reward(reference_model, sequence) for sequence in sequences]
+    del reference_model
+
+    report(1, "writing the model store")
+    folder = model_store.model_folder(store, name)
+    model_store.place_model(source, folder, serving.dtype)
+    identity = model_store.store_identity(folder, serving.dtype, CODE_VERSION)
+    model_store.write_code(store, name, model_store.render_config(serving, name, identity))
+
+    report(2, "comparing the two")
+    scorer = RewardModel(folder, device, serving.dtype, max_length=serving.max_length)
+    difference, rewards = compare(scorer, sequences, reference)
+    allowed = allowed_difference(serving, reference)
+    logger.info("%s: within %.3g of the eager model (%.3g allowed in %s)", name, difference, allowed, serving.dtype)
+    if not difference <= allowed:  # also true for NaN
+        raise UserError(
+            f"serving.parity_tolerance: the model store's rewards differ from the eager model's by up to "
+            f"{difference:.3g} ({allowed:.3g} allowed in {serving.dtype}); use serving.dtype=float32 or raise it"
+        )
+    manifest = model_store.Manifest(
+        identity=identity,
+        model_name=name,
+        source=str(source),
+        weights_sha256=model_store.weights_sha256(folder),
+        tokenizer_sha256=model_store.tokenizer_sha256(folder),
+        dtype=serving.dtype,
+        max_length=serving.max_length,
+        code_version=CODE_VERSION,
+        versions=model_store.package_versions(),
+        parity={"max_difference": difference, "allowed": allowed, "sequences": float(len(sequences))},
+        known_answers=[
+            model_store.KnownAnswer(sequence, reward)
+            for sequence, reward in zip(sequences, rewards, strict=True)
+            if len(sequence) <= 33
+        ],
+        answer_tolerance=allowed,
+    )
+    model_store.write_manifest(store, manifest)
+    report(3, "done")
+    return manifest
+
+
+def check_config(source: Path, max_length: int) -> None:
+    """Check a model folder's config.json before anything is loaded; UserError with what is wrong."""
+    path = source / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; reward_model.checkpoint must be a Hugging Face model folder")
+    raw: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    architectures = raw.get("architectures") or []
+    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+        raise UserError(f"{path}: architectures is {architectures}; a reward model is a ...ForSequenceClassification")
+    labels = len(raw["id2label"]) if "id2label" in raw else raw.get("num_labels", 2)
+    if labels != 1:
+        raise UserError(f"{path}: the model has {labels} labels; a reward model has exactly one (num_labels = 1)")
+    positions = raw.get("max_position_embeddings", raw.get("n_positions"))
+    if positions is not None and max_length > positions:
+        raise UserError(
+            f"serving.max_length: {max_length} is more than the {positions} positions of {source}; lower it"
+        )
+
+
+def load_reference(source: Path, device: str) -> Any:
+    """The plain eager model in float32; UserError when weights are missing, superfluous or of the wrong shape."""
+    return load_reward_model(source, torch.float32, attention="eager").to(device).eval()
+
+
+@torch.inference_mode()
+def reference_reward(model: Any, sequence: Sequence[int]) -> float:
+    """The pooled logit of Hugging Face's own forward for one unpadded sequence, in float32."""
+    # Without a padding token the model pools the last position, whatever token stands there.
+    model.config.get_text_config().pad_token_id = None
+    input_ids = torch.tensor([list(sequence)], device=model.device)  # (1, T)
+    return float(model(input_ids=input_ids, use_cache=False).logits[0, 0])
+
+
+def probe_sequences(vocab_size: int, max_length: int) -> list[list[int]]:
+    """Sequences of lengths 1, 2, odd, even and the maximum, of tokens drawn with a fixed seed."""
+    draw = random.Random(20220816)
+    lengths = sorted({min(length, max_length) for length in (1, 2, 3, 7, 12, 33, 65, max_length // 2 + 1, max_length)})
+    return [[draw.randrange(vocab_size) for _ in range(length)] for length in lengths]
+
+
+def compare(
+    scorer: RewardModel, sequences: Sequence[Sequence[int]], reference: Sequence[float]
+) -> tuple[float, list[float]]:
+    """Score in batches of 1, 2, 3 and all; return the largest difference from `reference`, and the last rewards."""
+    largest = 0.0
+    rewards: list[float] = []
+    for size in (1, 2, 3, len(sequences)):
+        scorer.max_batch_size, scorer.max_batch_tokens = size, size * max(map(len, sequences))
+        rewards = scorer.score(sequences)
+        differences = [abs(a - b) for a, b in zip(rewards, reference, strict=True)]
+        largest = max([largest, *differences]) if all(map(math.isfinite, differences)) else math.nan
+    return largest, rewards
+
+
+def allowed_difference(serving: Serving, reference: Sequence[float]) -> float:
+    """The tolerance in reward units: `parity_tolerance`; for 16-bit dtypes plus 16 units in the last place.
+
+    A unit in the last place is the dtype's epsilon (2**-7 for bfloat16, 2**-10 for float16) times the largest
+    reference reward, or times 1 if that is smaller: the rounding that a deep model may pile up.
+    """
+    if serving.dtype == "float32":
+        return serving.parity_tolerance
+    epsilon = float(torch.finfo(getattr(torch, serving.dtype)).eps)
+    return serving.parity_tolerance + 16 * epsilon * max(1.0, *map(abs, reference))
+
+
+def _no_progress(step: int, note: str = "") -> None:
+    """Used where nobody follows."""
+
+
+if __name__ == "__main__":
+    run_command(main)

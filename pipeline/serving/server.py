@@ -1,0 +1,230 @@
+"""One tritonserver process: start it, see whether it is ready and right, and stop it without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException
+
+from pipeline import procs
+from pipeline.config.schema import Serving
+from pipeline.errors import UserError
+from pipeline.serving import wire
+from pipeline.serving.engines import Engine, ServerSpec
+from pipeline.serving.model_store import Manifest
+
+SOCKET_PORT = 8001
+"""Only a part of the socket's file name: Triton appends ":port" to a unix address."""
+
+_SOCKET_PATH_LIMIT = 107  # bytes in sockaddr_un, less the final zero
+_SHARED_MEMORY = Path("/dev/shm")
+_PROBE_S = 2.0
+
+logger = logging.getLogger(__name__)
+
+
+def make_spec(serving: Serving, store: Path, devices: Sequence[str]) -> ServerSpec:
+    """Decide where a server listens: a socket in a new 0700 folder, or a port of 127.0.0.1 that is free now.
+
+    Raises UserError when `serving.grpc_port` is taken: tritonserver itself would say so only after loading the model.
+    """
+    if serving.bind == "unix":
+        address, port = f"unix:{_socket_folder() / 'rm.sock'}", serving.grpc_port or SOCKET_PORT
+    else:
+        address, port = "127.0.0.1", free_port(serving.grpc_port)
+    prefix = f"triton_hh_{os.getpid()}_{uuid.uuid4().hex[:8]}_"
+    return ServerSpec(store, address, port, tuple(devices), shm_prefix=prefix)
+
+
+def free_port(wanted: int = 0) -> int:
+    """A port of 127.0.0.1 that can be bound now: `wanted`, or any when that is 0."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError as error:
+            raise UserError(
+                f"serving.grpc_port: {wanted} cannot be bound on 127.0.0.1 ({error.strerror}); "
+                "choose another, or 0 for a free one"
+            ) from None
+        return int(probe.getsockname()[1])
+
+
+def _socket_folder() -> Path:
+    """A new folder that only this user may enter, with room for a socket's name in the kernel's 107 bytes."""
+    for base in (tempfile.gettempdir(), "/tmp"):
+        folder = Path(tempfile.mkdtemp(prefix="hh-triton-", dir=base))
+        if len(os.fsencode(folder / f"rm.sock:{SOCKET_PORT:05d}")) <= _SOCKET_PATH_LIMIT:
+            return folder
+        folder.rmdir()
+    raise UserError("serving.bind: no folder with a path short enough for a unix socket; set TMPDIR to a short path")
+
+
+class TritonServer:
+    """A tritonserver child process. Has no threads: the caller polls. May be started again after `stop`."""
+
+    def __init__(self, engine: Engine, spec: ServerSpec, model: str, log_path: Path, env: Mapping[str, str]) -> None:
+        self.engine = engine
+        self.spec = spec
+        self.address = wire.Address(f"{spec.grpc_address}:{spec.grpc_port}", model)
+        self.log_path = log_path
+        self._env = dict(env)
+        self._process: procs.Child | None = None
+        self._client: triton.InferenceServerClient | None = None
+        self._log_start = 0
+
+    @property
+    def triton_host(self) -> str:
+        """What TRITON_HOST must be to reach it: host:port/model, or unix:/path:port/model."""
+        return str(self.address)
+
+    @property
+    def pid(self) -> int:
+        """The process id of the server, or of the container engine that runs it."""
+        return self._running().pid
+
+    def start(self) -> None:
+        """Start the process; it listens only once its model is loaded."""
+        if self._process is not None:
+            raise RuntimeError("the server was started already")
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        sweep_shared_memory(self.spec.shm_prefix)  # of earlier servers whose whole job was killed
+        if self.spec.socket_folder is not None:
+            self.spec.socket_folder.mkdir(mode=0o700, exist_ok=True)
+            self._socket().unlink(missing_ok=True)  # of a server that was killed
+        else:
+            free_port(self.spec.grpc_port)
+        argv, env = self.engine.server_argv(self.spec), self.engine.server_env(self.spec, self._env)
+        with self.log_path.open("ab") as log:
+            self._log_start = log.tell()
+            self._process = procs.spawn(argv, env=env, output=log)
+        logger.info("tritonserver %d started for %s", self._process.pid, self.triton_host)
+
+    def poll(self) -> int | None:
+        """The exit status once the process has ended, else None."""
+        return self._running().poll()
+
+    def ended(self) -> str | None:
+        """How the process ended, with the last error that it logged; None while it runs."""
+        status = self.poll()
+        if status is None:
+            return None
+        return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}: {self.last_error()}"
+
+    def ready(self) -> bool:
+        """Whether the model is loaded. UserError when the process has ended instead."""
+        fault = self.ended()
+        if fault is not None:
+            raise UserError(f"tritonserver {fault} (log: {self.log_path})")
+        return wire.is_ready(self.client(), self.address.model, _PROBE_S)
+
+    def wait_ready(self, deadline: float) -> None:
+        """Wait until the model is loaded; UserError when the process ends or time.monotonic() passes `deadline`."""
+        while not self.ready():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"tritonserver is not ready in time: {self.last_error()}; "
+                    f"raise serving.start_timeout_s (log: {self.log_path})"
+                )
+            time.sleep(0.1)
+
+    def check(self, manifest: Manifest, timeout_s: float) -> float:
+        """Ask for the store's known answers; return the largest difference, UserError when it is too large."""
+        answers = manifest.known_answers
+        try:
+            rewards = wire.infer(self.client(), self.address.model, [answer.tokens for answer in answers], timeout_s)
+        except InferenceServerException as error:
+            raise UserError(f"{self.triton_host}: the known-answer check failed: {wire.error_line(error)}") from error
+        difference = max(abs(reward - answer.reward) for reward, answer in zip(rewards, answers, strict=True))
+        if difference > manifest.answer_tolerance:
+            raise UserError(
+                f"{self.triton_host}: rewards are off by {difference:.3g} from the conversion's known answers "
+                f"({manifest.answer_tolerance:.3g} allowed); convert again on this kind of machine"
+            )
+        return difference
+
+    def client(self) -> triton.InferenceServerClient:
+        """The caller's own connection to the server."""
+        if self._client is None:
+            self._client = wire.open_client(self.address)
+        return self._client
+
+    def stop(self, grace_s: float | None = None) -> int | None:
+        """Drain and end the server with all its children and leave nothing behind. Returns its exit status."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+        status = None
+        if self._process is not None:
+            status = procs.end_tree(self._process, self.spec.drain_s + 5.0 if grace_s is None else grace_s)
+            self._process = None
+        sweep_shared_memory(self.spec.shm_prefix)
+        if self.spec.socket_folder is not None:
+            self._socket().unlink(missing_ok=True)
+        return status
+
+    def remove_socket_folder(self) -> None:
+        """Remove the folder of the unix socket, after the last `stop`."""
+        if self.spec.socket_folder is not None:
+            shutil.rmtree(self.spec.socket_folder, ignore_errors=True)
+
+    def last_error(self) -> str:
+        """The last error in the log since the last start, or else its last line."""
+        with contextlib.suppress(FileNotFoundError), self.log_path.open("rb") as log:
+            log.seek(self._log_start)
+            lines = [line.strip() for line in log.read().decode("utf-8", "replace").splitlines() if line.strip()]
+            errors = [line for line in lines if _is_error(line)]
+            if errors or lines:
+                return (errors or lines)[-1]
+        return "it wrote nothing"
+
+    def _socket(self) -> Path:
+        return Path(self.address.url.removeprefix("unix:"))
+
+    def _running(self) -> procs.Child:
+        if self._process is None:
+            raise RuntimeError("the server is not started")
+        return self._process
+
+
+def _is_error(line: str) -> bool:
+    """Whether a log line tells of an error: level E, or the message that ends a failed start."""
+    # The first is logged wherever there is no GPU; the second follows the line that says why.
+    if "CudaDriverHelper" in line or "failed to load all models" in line:
+        return False
+    return " E " in line[:40] or line.lower().startswith("error")
+
+
+def sweep_shared_memory(prefix: str, folder: Path = _SHARED_MEMORY, foreign_age_s: float = 60.0) -> list[str]:
+    """Remove Triton's regions that killed servers left in /dev/shm; returns their names.
+
+    Only this user's, and only what no process maps: those named by `prefix`, and any other "triton_*" region that is
+    older than `foreign_age_s` (a younger one may belong to a server that has created but not yet mapped it).
+    """
+    doomed = {}
+    for path in folder.glob("triton_*"):
+        with contextlib.suppress(FileNotFoundError):
+            stat = path.stat()
+            old = path.name.startswith(prefix) or time.time() - stat.st_mtime > foreign_age_s
+            if old and stat.st_uid == os.getuid():
+                doomed[path.name] = path
+    if not doomed:
+        return []
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            text = maps.read_text("utf-8", "replace")
+            for name in [name for name in doomed if name in text]:
+                del doomed[name]
+    for path in doomed.values():
+        path.unlink(missing_ok=True)
+    return sorted(doomed)

@@ -1,0 +1,116 @@
+"""What goes over the wire: TRITON_HOST, gRPC channels, and requests and replies of the reward model."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException
+
+from pipeline.errors import UserError
+
+FORMS = "host:port/model or unix:/path/to/socket:port/model"
+
+_ADDRESS = re.compile(r"(?P<url>(?:unix:/.+|[^/:\s\[\]]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5}))/(?P<model>[\w.-]+)")
+_CHANNEL: list[tuple[str, Any]] = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.enable_http_proxy", 0),  # gRPC would send even 127.0.0.1 through http_proxy
+    ("grpc.use_local_subchannel_pool", 1),  # a new client connects anew, whatever another one's back-off says
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+]
+
+
+@dataclass(frozen=True)
+class Address:
+    """A served model: gRPC url and model name."""
+
+    url: str
+    model: str
+
+    def __str__(self) -> str:
+        return f"{self.url}/{self.model}"
+
+
+def parse_address(text: str, where: str = "TRITON_HOST") -> Address:
+    """Parse "host:port/model" or "unix:/path:port/model"; UserError naming the expected forms."""
+    match = _ADDRESS.fullmatch(text.strip())
+    if match is None or not 0 < int(match["port"]) < 65536:
+        raise UserError(f"{where}={text}: not a reward server's address; expected {FORMS}")
+    return Address(match["url"], match["model"])
+
+
+def open_client(address: Address) -> triton.InferenceServerClient:
+    """A client with a channel of its own. Opening does not connect yet. Not to be shared across fork."""
+    return triton.InferenceServerClient(address.url, channel_args=_CHANNEL)
+
+
+def served_identity(client: triton.InferenceServerClient, model: str, timeout_s: float) -> str | None:
+    """The `identity` parameter of the model that is served, or None when it has none (not written by convert)."""
+    config = client.get_model_config(model, client_timeout=timeout_s).config
+    return config.parameters["identity"].string_value if "identity" in config.parameters else None
+
+
+def is_ready(client: triton.InferenceServerClient, model: str, timeout_s: float) -> bool:
+    """Whether the model is loaded; False also while the server cannot be reached."""
+    try:
+        return bool(client.is_model_ready(model, client_timeout=timeout_s))
+    except InferenceServerException:
+        return False
+
+
+def request_inputs(sequences: Sequence[Sequence[int]]) -> list[triton.InferInput]:
+    """The tensors of one request: input_ids INT32 (b, T), zero-padded on the right, and lengths INT32 (b, 1)."""
+    lengths = np.array([[len(sequence)] for sequence in sequences], dtype=np.int32)  # (b, 1)
+    ids = np.zeros((len(sequences), int(lengths.max())), dtype=np.int32)  # (b, T)
+    for row, sequence in zip(ids, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    inputs = []
+    for name, array in (("input_ids", ids), ("lengths", lengths)):
+        tensor = triton.InferInput(name, list(array.shape), "INT32")
+        tensor.set_data_from_numpy(array)
+        inputs.append(tensor)
+    return inputs
+
+
+def read_rewards(result: triton.InferResult, count: int) -> list[float]:
+    """The rewards of a reply. UserError unless there is one finite FP32 value for each of `count` sequences."""
+    array = result.as_numpy("rewards")
+    if array is None or array.dtype != np.float32 or array.size != count:
+        shape = None if array is None else (array.dtype, array.shape)
+        raise UserError(
+            f"the reward server replied {shape} to {count} sequences; it does not serve a model store of this project"
+        )
+    rewards = [float(value) for value in array.reshape(-1)]
+    check_finite(rewards)
+    return rewards
+
+
+def check_finite(rewards: Sequence[float]) -> None:
+    """Raise UserError when a reward is NaN or infinite: a reward is never made up."""
+    for index, reward in enumerate(rewards):
+        if not math.isfinite(reward):
+            raise UserError(
+                f"the reward of sequence {index} is {reward}; the reward model is damaged, or overflows: "
+                "try serving.dtype=float32"
+            )
+
+
+def infer(
+    client: triton.InferenceServerClient, model: str, sequences: Sequence[Sequence[int]], timeout_s: float
+) -> list[float]:
+    """Score one request's sequences and wait for the reply."""
+    result = client.infer(model, request_inputs(sequences), client_timeout=timeout_s)
+    return read_rewards(result, len(sequences))
+
+
+def error_line(error: InferenceServerException) -> str:
+    """Status and message on one line."""
+    status = str(error.status() or "").removeprefix("StatusCode.")
+    return " ".join(f"{status}: {error.message()}".split())

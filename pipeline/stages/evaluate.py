@@ -1,0 +1,37 @@
+"""evaluate: the SFT start against the trained policy, on held-out prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.config.schema import Config
+from pipeline.stages.base import Context, Stage, Work, module_command, number
+from pipeline.stages.train import policy_start, reward_source
+
+
+class Evaluate(Stage):
+    name = "evaluate"
+
+    def settings(self, context: Context) -> dict[str, Any]:
+        config = context.config
+        return {
+            "seed": config.seed,
+            "evaluate": config.evaluate.model_dump(mode="json"),
+            "generate": config.generate.model_dump(mode="json"),
+            "prompt_length": config.prompt_length,
+        }
+
+    def needs(self, config: Config) -> tuple[str, ...]:
+        return (*policy_start(config), *reward_source(config), "train")
+
+    def command(self, work: Work) -> list[str]:
+        return module_command("pipeline.evaluation.evaluate", work)
+
+    def environment(self, work: Work) -> dict[str, str]:
+        return {"OMP_NUM_THREADS": str(work.cpus)}
+
+    def headline(self, values: dict[str, Any]) -> str:
+        paired = values.get("paired", {})
+        low, high = number(paired.get("low")), number(paired.get("high"))
+        rate = number(100 * values["win_rate"], 0) if "win_rate" in values else "n/a"
+        return f"reward {number(paired.get('mean'))} higher than the start's (95% {low} to {high}), wins {rate}%"

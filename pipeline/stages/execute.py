@@ -1,0 +1,191 @@
+"""One attempt at a stage: a numbered folder, a child process, its log, and outputs.json last."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline import procs
+from pipeline.errors import UserError
+from pipeline.run import atomic, hashing, work
+from pipeline.run.directory import Artifact, Outputs, RunDir
+from pipeline.scheduler.state import set_state
+from pipeline.stages.base import Context, Stage, Work
+from pipeline.stages.plan import basis
+from pipeline.stages.registry import REGISTRY
+
+log = logging.getLogger("pipeline")
+
+FINGERPRINT = "HH_PIPELINE_FINGERPRINT"
+"""Environment variable that names the folder of the training's checkpoints: its fingerprint, as a rule."""
+STOPPED = 75
+"""Exit status (EX_TEMPFAIL) of a work that was asked to stop and saved its state."""
+
+_LINKS = {"model_store": "model_store", "policy": "models/policy", "report": "report", "data": "data"}
+"""Links at the top of the run directory to the artifacts of the latest attempts."""
+
+
+class StageFailed(Exception):
+    """A stage's work did not end well; the message says why in one line."""
+
+    def __init__(self, reason: str, attempt: int) -> None:
+        super().__init__(reason)
+        self.attempt = attempt
+
+
+class StageStopped(Exception):
+    """A stage saved its state and stopped because it was asked to."""
+
+    def __init__(self, reason: str, attempt: int) -> None:
+        super().__init__(reason)
+        self.attempt = attempt
+
+
+def run_stage(
+    context: Context,
+    stage_name: str,
+    submission: str,
+    reason: str,
+    devices: tuple[str, ...] = (),
+    environment: dict[str, str] | None = None,
+    tick: Callable[[], None] = lambda: None,
+    forced: bool = False,
+) -> Outputs:
+    """Run a stage's work to its end and record its outputs. `tick` is called a few times a second meanwhile.
+
+    A forced attempt begins from nothing: it does not go on from the checkpoints of an earlier submission.
+
+    Raises StageFailed or StageStopped. Whatever ends this function early ends the child's whole tree too.
+    """
+    run, stage = context.run, REGISTRY[stage_name]
+    known = basis(stage, context)
+    context.hashes.save()
+    fingerprint = hashing.fingerprint(known)
+    atomic.write_json(run.stage(stage_name) / "plan.json", {"fingerprint": fingerprint, "reason": reason, **known})
+    number = _next_attempt(run, stage_name)
+    folder = run.attempt(stage_name, number)
+    job = Work(run, context.config, folder / "out", devices)
+    job.out.mkdir(parents=True)
+    argv = stage.command(job)
+    log_path = folder / "stdout.log"
+    atomic.write_json(folder / "job.json", {"argv": argv, "process": asdict(procs.this_process()), **_job_ids()})
+    set_state(run, stage_name, submission, "running", reason, number)
+    started = time.time()
+    environment = {FINGERPRINT: f"{fingerprint}{'-' + submission if forced else ''}", **(environment or {})}
+    status = _run_child(run.root, argv, _environment(stage, job, environment), log_path, tick)
+    seconds = round(time.time() - started, 3)
+    atomic.write_json(folder / "exit.json", {"status": status, "seconds": seconds})
+    if status == STOPPED:
+        raise StageStopped("it saved its state and stopped as asked; submit again to go on", number)
+    if status != 0:
+        raise StageFailed(failure_reason(status, log_path), number)
+    outputs = _record(run, stage, known, fingerprint, number, seconds)
+    set_state(run, stage_name, submission, "done", stage.headline(outputs.values), number)
+    _prune(run, stage_name, number)
+    if stage_name == "train":
+        _prune_checkpoints(run, environment[FINGERPRINT])
+    return outputs
+
+
+def failure_reason(status: int, log_path: Path) -> str:
+    """The most telling line of a failed work's log, with its exit status where there is none."""
+    how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+    if not log_path.exists():
+        return how
+    with log_path.open("rb") as file:
+        file.seek(max(0, log_path.stat().st_size - 65536))
+        lines = file.read().decode("utf-8", "replace").splitlines()
+    lines = [re.sub(r"^\[rank\d+\]:\s*", "", line) for line in lines]
+    for line in reversed(lines):
+        if line.startswith("error: "):
+            return line.removeprefix("error: ")
+    exceptions = [line for line in lines if re.match(r"^[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b", line)]
+    # The launcher raises after its workers: the first exception is the cause.
+    return f"{exceptions[0]} ({how}; log: {log_path})" if exceptions else f"{how}; log: {log_path}"
+
+
+def _run_child(run: Path, argv: list[str], env: dict[str, str], log_path: Path, tick: Callable[[], None]) -> int:
+    with log_path.open("ab") as output:
+        child = procs.spawn(argv, env=env, output=output)
+    try:
+        while child.poll() is None:
+            tick()
+            time.sleep(0.1)
+        return child.returncode
+    finally:
+        procs.end_tree(child, grace_s=40.0)
+        # A launcher's processes have sessions of their own; killed early, it leaves them without a parent.
+        procs.end_marked(run, (procs.ATTEMPT_MARK, env[procs.ATTEMPT_MARK]), grace_s=0.0)
+
+
+def _environment(stage: Stage, job: Work, more: dict[str, str]) -> dict[str, str]:
+    env = {**os.environ, procs.ATTEMPT_MARK: str(job.out.parent)}
+    env |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    if job.devices:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(job.devices)
+    if stage.offline:
+        env |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    return {**env, **stage.environment(job), **more}
+
+
+def _record(
+    run: RunDir, stage: Stage, known: dict[str, object], fingerprint: str, number: int, seconds: float
+) -> Outputs:
+    out = run.attempt(stage.name, number) / "out"
+    result = atomic.read_json(out / work.RESULT)
+    if result is None:
+        raise StageFailed(f"it ended well but wrote no {work.RESULT}; log: {out.parent / 'stdout.log'}", number)
+    artifacts = {}
+    for name, relative in result["artifacts"].items():
+        path = out / relative
+        sha256, size = hashing.hash_tree(path)
+        artifacts[name] = Artifact(str(path.relative_to(run.root)), sha256, size)
+    outputs = Outputs(
+        stage.name, fingerprint, number, artifacts, result["values"], known, finished=time.time(), seconds=seconds
+    )
+    run.write_outputs(outputs)
+    for name, artifact in artifacts.items():
+        link = f"models/{stage.name}" if name == "model" else _LINKS.get(name)
+        if link:
+            atomic.replace_symlink(run.root / link, run.root / artifact.path)
+    return outputs
+
+
+def _prune(run: RunDir, stage: str, keep: int) -> None:
+    """Remove what earlier attempts made; their logs stay."""
+    for folder in (run.stage(stage) / "attempts").iterdir():
+        if folder.name != f"{keep:04d}" and (folder / "out").is_dir():
+            shutil.rmtree(folder / "out")
+
+
+def _prune_checkpoints(run: RunDir, keep: str) -> None:
+    """Remove the checkpoints of trainings that are no longer the run's: with other settings, or redone by force."""
+    if run.checkpoints.is_dir():
+        for folder in run.checkpoints.iterdir():
+            if folder.name != keep:
+                shutil.rmtree(folder)
+
+
+def _next_attempt(run: RunDir, stage: str) -> int:
+    """Claim the next attempt's folder; creating it is what decides between two jobs."""
+    attempts = run.stage(stage) / "attempts"
+    with atomic.disk_errors(attempts):
+        attempts.mkdir(parents=True, exist_ok=True)
+    number = max((int(folder.name) for folder in attempts.iterdir() if folder.name.isdigit()), default=0) + 1
+    try:
+        run.attempt(stage, number).mkdir()
+    except FileExistsError:
+        raise UserError(f"{attempts}: another job started attempt {number} at the same moment; submit again") from None
+    return number
+
+
+def _job_ids() -> dict[str, str]:
+    names = ("SUBMITIT_LOCAL_JOB_ID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURMD_NODENAME")
+    return {name.lower(): value for name in names if (value := os.environ.get(name))}

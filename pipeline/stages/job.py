@@ -1,0 +1,160 @@
+"""What runs inside a job: wait for what it needs, then run its stages one after another.
+
+submitit calls `run_job` with strings only; everything else is in the run directory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+from pipeline import procs
+from pipeline.config.load import read_config
+from pipeline.errors import UserError
+from pipeline.run import hashing
+from pipeline.run.directory import RunDir
+from pipeline.scheduler import submission as submissions
+from pipeline.scheduler.state import recorded_state, resolve, set_state
+from pipeline.scheduler.submission import Job, Submission
+from pipeline.stages.base import Context
+from pipeline.stages.execute import StageFailed, StageStopped, run_stage
+from pipeline.stages.plan import verdict
+from pipeline.stages.registry import REGISTRY
+from pipeline.stages.service import serve_alone, serve_train
+
+log = logging.getLogger("pipeline")
+
+VISIBLE_DEVICES = "HH_PIPELINE_VISIBLE_DEVICES"
+"""Carries the submitter's CUDA_VISIBLE_DEVICES past submitit's local executor, which overwrites it."""
+
+
+class Terminated(BaseException):
+    """The job was asked to end (SIGTERM)."""
+
+
+def run_job(run_dir: str, stages: str, submission_id: str) -> str:
+    """Run a job's stages ("+"-joined); returns a word for submitit's result file. Raises when a stage fails."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    run = RunDir(Path(run_dir))
+    names = tuple(stages.split("+"))
+    if os.environ.get("SUBMITIT_EXECUTOR") == "local":
+        procs.die_with_parent(int(os.environ["SUBMITIT_LOCAL_JOB_ID"]))  # the controller, whose child this is
+        _restore_devices()
+    signal.signal(signal.SIGTERM, _terminate)
+    os.environ[procs.RUN_MARK] = str(run.root)
+    os.environ[procs.STAGE_MARK] = stages
+    try:
+        submission = _wait_for_record(run, submission_id)
+        job = submission.job_of(names[0])
+        assert job is not None and job.stages == names
+        if not _wait_for_parents(run, submission, job):
+            return "cancelled"
+        # An earlier attempt's processes cannot outlive it, but a killed one may be a moment in dying.
+        procs.end_marked(run.root, (procs.STAGE_MARK, stages), grace_s=0.0)
+        _run_stages(run, submission, names)
+    except Terminated:
+        for name in names:
+            recorded = recorded_state(run, name)
+            if recorded is None or recorded.submission != submission_id or not recorded.ended:
+                set_state(run, name, submission_id, "cancelled", "the job was asked to end")
+        raise
+    except StageStopped as stopped:
+        set_state(run, names[-1], submission_id, "stopped", str(stopped), stopped.attempt)
+        raise
+    except StageFailed as failure:
+        set_state(run, names[-1], submission_id, "failed", str(failure), failure.attempt)
+        raise
+    except Exception as error:  # anything but a UserError is a bug: its traceback is in the job's log
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        set_state(run, names[-1], submission_id, "failed", reason)
+        raise
+    return "done"
+
+
+def _run_stages(run: RunDir, submission: Submission, names: tuple[str, ...]) -> None:
+    """A job holds one stage, or the server and its training; the last of them is the one that counts."""
+    if names == ("serve", "train"):
+        _serve_and_train(run, submission)
+    elif names == ("serve",):
+        serve_alone(run, read_config(run.root), submission.id)
+    else:
+        (name,) = names
+        _run_one(run, submission, name)
+
+
+def _run_one(run: RunDir, submission: Submission, stage: str) -> None:
+    """Run one stage, unless its outputs turn out to be what it would make."""
+    context = _context(run)
+    planned = verdict(REGISTRY[stage], context)
+    forced = stage in submission.forced
+    if planned.action == "skip" and not forced:
+        set_state(run, stage, submission.id, "skipped", _kept(run, stage, planned.reason))
+        return
+    run_stage(context, stage, submission.id, "forced" if forced else planned.reason, forced=forced)
+
+
+def _serve_and_train(run: RunDir, submission: Submission) -> None:
+    context = _context(run)
+    planned = verdict(REGISTRY["train"], context)
+    forced = "train" in submission.forced
+    if planned.action == "skip" and not forced:
+        set_state(run, "serve", submission.id, "skipped", "not needed: train is up to date")
+        set_state(run, "train", submission.id, "skipped", _kept(run, "train", planned.reason))
+        return
+    serve_train(context, submission.id, "forced" if forced else planned.reason, forced)
+
+
+def _kept(run: RunDir, stage: str, reason: str) -> str:
+    """What to say of a stage that keeps its outputs: why, and what they are."""
+    headline = REGISTRY[stage].headline(run.values(stage))
+    return f"{reason}; {headline}" if headline else reason
+
+
+def _context(run: RunDir) -> Context:
+    return Context(run, read_config(run.root), hashing.HashCache(run.root / "cache" / "hashes.json"))
+
+
+def _wait_for_record(run: RunDir, submission_id: str) -> Submission:
+    """The submission, once this job's own id stands in it: the job may start before that is written."""
+    deadline = time.monotonic() + 60
+    while True:
+        submission = submissions.find(run, submission_id)
+        if submission is None:
+            raise UserError(f"{run.root}: this job belongs to submission {submission_id}, which was replaced")
+        if all(job.job_id is not None for job in submission.jobs) or time.monotonic() > deadline:
+            return submission
+        time.sleep(0.05)
+
+
+def _wait_for_parents(run: RunDir, submission: Submission, job: Job) -> bool:
+    """Wait until the stages that this job needs have ended; False, and cancelled, when one did not end well.
+
+    Slurm starts a job only then; local jobs start at once and wait here.
+    """
+    for stage in job.stages:
+        set_state(run, stage, submission.id, "waiting" if job.waits_for else "pending")
+    for parent in job.waits_for:
+        while not (state := resolve(run, submission, parent)).ended:
+            time.sleep(0.25)
+        if not state.good:
+            for stage in job.stages:
+                set_state(run, stage, submission.id, "cancelled", f"{parent} {state.state}")
+            return False
+    return True
+
+
+def _restore_devices() -> None:
+    visible = os.environ.pop(VISIBLE_DEVICES, "")
+    if visible:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    else:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough; what follows ends the children in order
+    raise Terminated

@@ -1,0 +1,60 @@
+"""How training processes are started: one plain process, or `accelerate launch` with several."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+
+from pipeline.errors import UserError, nearest
+from pipeline.resources import resource_dir, resource_names
+from pipeline.stages.base import Work, work_arguments
+
+
+def launch_command(module: str, work: Work, processes: int, config_file: Path, precision: str = "no") -> list[str]:
+    """`accelerate launch ... -m module --run RUN --out OUT` on this node.
+
+    Everything that a config file could decide for another machine is given: counts, rank, port, precision.
+    """
+    return [
+        *(sys.executable, "-m", "pipeline.training.launch"),
+        *("--config_file", str(config_file)),
+        *("--num_processes", str(processes), "--num_machines", "1", "--machine_rank", "0"),
+        *("--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())),
+        *("--mixed_precision", precision),
+        *("-m", module, *work_arguments(work)),
+    ]
+
+
+def plain_command(module: str, work: Work) -> list[str]:
+    """The same work in one process, without a launcher."""
+    return [sys.executable, "-m", module, *work_arguments(work)]
+
+
+def accelerate_config(name: str, gpus: int) -> Path:
+    """The accelerate config file called `name`, a path, or for "auto" the right one for the devices."""
+    if name == "auto":
+        name = "zero2-bf16" if gpus else "ddp-cpu"
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml"}:
+        if not path.is_file():
+            raise UserError(f"train.accelerate_config: {name}: no such file")
+        return path.resolve()
+    names = resource_names("accelerate", ".yaml")
+    if name not in names:
+        raise UserError(
+            f"train.accelerate_config: unknown name '{name}'{nearest(name, names)}; there are: {', '.join(names)}"
+        )
+    return resource_dir("accelerate") / f"{name}.yaml"
+
+
+def thread_environment(work: Work, processes: int) -> dict[str, str]:
+    """An equal share of the CPUs for each process, the same at every attempt, so that sums keep their order."""
+    return {"OMP_NUM_THREADS": str(max(1, work.cpus // processes))}
+
+
+def free_port() -> int:
+    """A TCP port on the loopback interface that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

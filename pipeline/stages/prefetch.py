@@ -1,0 +1,42 @@
+"""prefetch: data and models, fetched or made, before any job that has no internet."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pipeline.run.hashing import hash_tree
+from pipeline.run.sources import EMBEDDED
+from pipeline.stages.base import Context, Stage, Work, module_command
+
+
+class Prefetch(Stage):
+    name = "prefetch"
+    offline = False
+
+    def settings(self, context: Context) -> dict[str, Any]:
+        config = context.config
+        settings: dict[str, Any] = {
+            "seed": config.seed,
+            "model": {"path": config.model.path, "revision": config.model.revision},
+            "reward_model": {"checkpoint": config.reward_model.checkpoint, "revision": config.reward_model.revision},
+            "data": config.data.model_dump(mode="json", exclude={"demo"}),
+        }
+        if config.model.path == EMBEDDED:
+            settings["model"]["embedded"] = config.model.embedded.model_dump(mode="json")
+        if config.data.source == "demo":
+            settings["data"]["demo"] = config.data.demo.model_dump(mode="json")
+        else:
+            folder = Path(os.environ.get("HH_DATA", "") if config.data.source == "hh" else config.data.source)
+            for split in ("train", "test"):
+                for path in (folder / f"{split}.jsonl", folder / f"{split}.jsonl.gz"):
+                    if path.is_file():
+                        settings["data"][f"{split}_sha256"] = hash_tree(path, context.hashes)[0]
+        return settings
+
+    def command(self, work: Work) -> list[str]:
+        return module_command("pipeline.data.prefetch", work)
+
+    def headline(self, values: dict[str, Any]) -> str:
+        return f"{values.get('train_rows', 0)} training and {values.get('test_rows', 0)} test dialogues"

@@ -1,0 +1,41 @@
+"""sft: supervised fine-tuning on the chosen responses; the policy's start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.config.schema import Config, Supervised
+from pipeline.run.sources import EMBEDDED
+from pipeline.stages.base import Context, Stage, Work, model_identity, number
+from pipeline.stages.launch import accelerate_config, launch_command, plain_command, thread_environment
+
+
+class Sft(Stage):
+    name = "sft"
+
+    def settings(self, context: Context) -> dict[str, Any]:
+        config = context.config
+        settings: dict[str, Any] = {"seed": config.seed, "sft": config.sft.model_dump(mode="json")}
+        if config.model.path != EMBEDDED:
+            settings["model"] = model_identity(context, config.model.path, config.model.revision)
+        return settings
+
+    def needs(self, config: Config) -> tuple[str, ...]:
+        return ("prefetch",)
+
+    def command(self, work: Work) -> list[str]:
+        return supervised_command("pipeline.training.sft", work, work.config.sft)
+
+    def environment(self, work: Work) -> dict[str, str]:
+        return thread_environment(work, work.config.sft.num_processes)
+
+    def headline(self, values: dict[str, Any]) -> str:
+        return f"held-out loss {number(values.get('loss'))}, perplexity {number(values.get('perplexity'), 2)}"
+
+
+def supervised_command(module: str, work: Work, settings: Supervised) -> list[str]:
+    """The command of a supervised stage: a launcher only where there are several processes."""
+    if settings.num_processes == 1:
+        return plain_command(module, work)
+    config_file = accelerate_config("ddp" if work.devices else "ddp-cpu", len(work.devices))
+    return launch_command(module, work, settings.num_processes, config_file, settings.mixed_precision)

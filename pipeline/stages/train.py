@@ -1,0 +1,68 @@
+"""train: PPO under accelerate on the devices that the server leaves free."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.config.schema import Config
+from pipeline.run.sources import EMBEDDED
+from pipeline.stages.base import Context, Stage, Work, model_identity, number
+from pipeline.stages.launch import accelerate_config, launch_command, thread_environment
+
+_NOT_IN_RESULT = {"tracker", "project_name", "keep_checkpoints", "checkpoint_interval"}
+
+
+class Train(Stage):
+    name = "train"
+
+    def settings(self, context: Context) -> dict[str, Any]:
+        config = context.config
+        settings: dict[str, Any] = {
+            "seed": config.seed,
+            "num_layers_unfrozen": config.model.num_layers_unfrozen,
+            "train": config.train.model_dump(mode="json", exclude=_NOT_IN_RESULT),
+            "serving_max_length": config.serving.max_length,
+        }
+        for name in ("ppo", "generate", "optimizer", "scheduler"):
+            settings[name] = getattr(config, name).model_dump(mode="json")
+        if "sft" not in config.all and config.model.path != EMBEDDED:
+            settings["model"] = model_identity(context, config.model.path, config.model.revision)
+        return settings
+
+    def needs(self, config: Config) -> tuple[str, ...]:
+        return (*policy_start(config), *reward_source(config))
+
+    def after(self, config: Config) -> tuple[str, ...]:
+        return ("serve",)
+
+    def command(self, work: Work) -> list[str]:
+        config_file = accelerate_config(work.config.train.accelerate_config, len(work.devices))
+        precision = "bf16" if work.devices else "no"
+        return launch_command("pipeline.training.ppo", work, num_processes(work), config_file, precision)
+
+    def environment(self, work: Work) -> dict[str, str]:
+        return thread_environment(work, num_processes(work))
+
+    def headline(self, values: dict[str, Any]) -> str:
+        first, last = values.get("reward_mean_first"), values.get("reward_mean_last")
+        return f"{values.get('steps', '?')} steps, held-out reward {number(first)} to {number(last)}"
+
+
+def num_processes(work: Work) -> int:
+    """Training processes: as configured; "auto" is one a device, and 2 on a CPU."""
+    wanted = work.config.train.num_processes
+    if wanted != "auto":
+        return int(wanted)
+    return len(work.devices) or 2
+
+
+def policy_start(config: Config) -> tuple[str, ...]:
+    """The stages that the policy's start and the prompts come from."""
+    return ("prefetch", "sft") if "sft" in config.all else ("prefetch",)
+
+
+def reward_source(config: Config) -> tuple[str, ...]:
+    """The stage that the rewards' model comes from: its store where there is one, else the model itself."""
+    if "convert" in config.all:
+        return ("convert",)
+    return () if config.reward_model.checkpoint is not None else ("reward-model",)

@@ -1,0 +1,190 @@
+"""python -m pipeline.submit: resolve the configuration, plan, submit the stages as jobs and follow them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import UserError, run_command
+from pipeline.stages.names import STAGES
+
+if TYPE_CHECKING:  # importing these takes longer than printing --help may
+    from pipeline.config.schema import Config
+    from pipeline.run.directory import RunDir
+    from pipeline.scheduler.submission import Submission
+    from pipeline.stages.plan import Planned
+
+EPILOG = """stages, in order: {stages}
+
+examples:
+  python -m pipeline.submit --stage all --preset demo
+  python -m pipeline.submit --stage all --preset demo --set data.source=path/to/hh --run-dir runs/hh
+  python -m pipeline.submit --stage evaluate --run-dir runs/demo
+  CONFIG_NAME=6B python -m pipeline.submit --stage all --cluster my-cluster.yaml --dry-run
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.submit",
+        description="Run the RLHF pipeline, or single stages of it, as jobs.",
+        epilog=EPILOG.format(stages=", ".join(STAGES)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--stage", default="all", metavar="NAME[,NAME]", help="all, or stages joined by commas (default: all)")
+    add("--from", dest="start", metavar="NAME", help="leave out the stages before this one")
+    add("--until", metavar="NAME", help="leave out the stages after this one")
+    add(
+        "--preset",
+        metavar="NAME",
+        help="where the configuration starts (default: the run's, $CONFIG_NAME or gptj)",
+    )
+    add("--run-dir", type=Path, metavar="DIR", help="where everything goes (default: runs/<preset>)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, as in ppo.lam=0.9")
+    add("--cluster", metavar="NAME|FILE", help="cluster profile: a name in slurm/, or a YAML file (default: local)")
+    add("--force", action="store_true", help="run the chosen stages even where they are up to date")
+    add("--dry-run", action="store_true", help="print the plan and every command line; change nothing")
+    add("--no-follow", action="store_true", help="return as soon as the jobs are submitted")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0 when all chosen stages are done, 1 when one failed."""
+    arguments = build_parser().parse_args(argv)
+    started = time.monotonic()
+    from pipeline.run import provenance
+    from pipeline.run.directory import RunDir
+    from pipeline.run.lock import lock
+    from pipeline.scheduler import submission as submissions
+    from pipeline.scheduler.submit import refuse_other_config, submit
+    from pipeline.stages.names import select_stages
+
+    run_dir = arguments.run_dir or Path("runs") / _default_name(arguments.preset)
+    run = RunDir(Path(os.path.abspath(run_dir)))
+    if "%" in str(run.root):
+        raise UserError(f"--run-dir {run_dir}: submitit gives % a meaning in paths; choose a path without it")
+    shown = shlex.quote(str(run_dir))
+    provenance.check_layout(run)
+    config = resolve_config(run, arguments.preset, arguments.set, arguments.cluster)
+    selected = select_stages(arguments.stage, config.all, arguments.start, arguments.until)
+    if arguments.dry_run:
+        from pipeline.dry_run import show_plan
+
+        show_plan(run, config, plan(run, config, selected, arguments.force))
+        return 0
+    with lock(run.root / "control" / "submit.lock", "submitting"):
+        current = submissions.busy(run)
+        if current is not None:
+            refuse_other_config(run, config)
+            print(f"jobs of {shown} are running already; following them")
+        else:
+            planned = plan(run, config, selected, arguments.force)
+            if all(each.action == "skip" for each in planned):
+                _say_nothing_to_do(run_dir, planned, time.monotonic() - started)
+                return 0
+            _say_plan(run_dir, planned)
+            forced = [each.stage for each in planned] if arguments.force else []
+            current = submit(run, config, planned, forced)
+    return _follow(run, run_dir, current, arguments.no_follow)
+
+
+def resolve_config(run: RunDir, preset: str | None, overrides: Sequence[str], cluster: str | None) -> Config:
+    """The configuration: a preset, or what the run directory holds, with overrides and cluster laid on it."""
+    from pipeline.config import load
+
+    if preset is None and run.config.exists():
+        return load.resolve(load.load_yaml(run.config), overrides, cluster, str(run.config))
+    name = preset or os.environ.get("CONFIG_NAME") or "gptj"
+    return load.resolve({**load.load_preset(name), "preset": name}, overrides, cluster)
+
+
+def plan(run: RunDir, config: Config, selected: Sequence[str], force: bool) -> list[Planned]:
+    """Plan the selected stages against what the run directory holds."""
+    from pipeline.run.hashing import HashCache
+    from pipeline.stages.base import Context
+    from pipeline.stages.plan import make_plan
+
+    context = Context(run, config, HashCache(run.root / "cache" / "hashes.json"))
+    return make_plan(context, selected, force, os.environ)
+
+
+def _default_name(preset: str | None) -> str:
+    return preset or os.environ.get("CONFIG_NAME") or "gptj"
+
+
+def _say_nothing_to_do(run_dir: Path, planned: Sequence[Planned], seconds: float) -> None:
+    from pipeline.run.directory import RunDir
+    from pipeline.stages.registry import REGISTRY
+
+    run = RunDir(run_dir)
+    print(f"{run_dir}: nothing to do, every stage is up to date ({seconds:.1f} s)")
+    for each in planned:
+        values = run.values(each.stage)
+        print(f"  {each.stage:<13}{REGISTRY[each.stage].headline(values) if values else each.reason}")
+
+
+def _say_plan(run_dir: Path, planned: Sequence[Planned]) -> None:
+    print(f"{run_dir}: {sum(each.action != 'skip' for each in planned)} of {len(planned)} stages to run")
+    for each in planned:
+        print(f"  {each.stage:<13}{each.action:<7}{each.reason}")
+    print(flush=True)
+
+
+def _follow(run: RunDir, run_dir: Path, submission: Submission, leave: bool) -> int:
+    shown = shlex.quote(str(run_dir))
+    if leave:
+        ids = ", ".join(f"{job.name} ({job.job_id})" for job in submission.jobs)
+        print(f"submitted: {ids}\nfollow with: python -m pipeline.status {shown} --watch")
+        return 0
+    from pipeline.follow import follow
+
+    try:
+        views = follow(run, submission)
+    except KeyboardInterrupt:
+        print(
+            f"\nthe jobs go on; follow them with: python -m pipeline.status {shown} --watch\n"
+            f"stop them with: python -m pipeline.cancel {shown}"
+        )
+        return 130
+    bad = [view for view in views if view.state in ("failed", "cancelled", "stopped")]
+    for view in bad:
+        if view.state == "failed":
+            print(f"error: {view.stage}: {view.detail}", file=sys.stderr)
+            print(f"see: python -m pipeline.logs {shown} {view.stage}", file=sys.stderr)
+    if bad:
+        print("the same command goes on from here", file=sys.stderr)
+        return 1
+    if submission.job_of("evaluate") is not None:
+        _say_result(run, run_dir)
+    return 0
+
+
+def _say_result(run: RunDir, run_dir: Path) -> None:
+    """After a finished evaluation: the headline and where to look."""
+    outputs = run.outputs("evaluate")
+    if outputs is None:
+        return
+    from pipeline.result import render_summary
+
+    print(render_summary(run, run_dir, outputs))
+
+
+if __name__ == "__main__":
+
+    def _main() -> int:
+        try:
+            return main()
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise UserError(f"{error.filename}: {error.strerror}") from error
+
+    run_command(_main)

@@ -1,0 +1,83 @@
+"""What PPO trains: the top of the language model and a value head on its last hidden state."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.training.split import Top
+
+
+class TokenOutputs(NamedTuple):
+    """Per sampled token (n,), float32."""
+
+    logprobs: Tensor
+    values: Tensor
+    entropy: Tensor | None
+
+
+class Policy(nn.Module):
+    """Log-probabilities, values and (on request) entropies of sampled tokens, from the trunk's hidden states.
+
+    Everything happens in `forward`, so that a data-parallel wrapper sees it.
+    """
+
+    def __init__(self, top: Top, hidden_size: int, seed: int) -> None:
+        super().__init__()
+        self.top = top
+        self.value = value_head(hidden_size, seed)
+
+    def forward(
+        self,
+        states: Tensor,  # (B, T, H), zeros behind each row's end
+        index: Tensor,  # (n,) places in B*T whose hidden state predicts a sampled token
+        targets: Tensor,  # (n,) the sampled ids
+        temperature: float,
+        with_entropy: bool = False,
+    ) -> TokenOutputs:
+        """Rows start at position 0 and are padded on the right, so causality alone hides the padding."""
+        hidden = self.top.part(states).flatten(0, 1)[index]  # (n, H): only these meet the vocabulary
+        logprobs, entropy = token_logprobs(self.top.head(hidden), targets, temperature, with_entropy)
+        return TokenOutputs(logprobs, self.value(hidden).squeeze(-1).float(), entropy)
+
+
+def value_head(hidden_size: int, seed: int) -> nn.Sequential:
+    """Linear(H, 2H) - ReLU - Linear(2H, 1), as trlX's, from a seed of its own.
+
+    The last layer starts at zero: values are then 0 at first, so that the first phase's advantages are discounted
+    rewards and not the noise of a random function.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        first, last = nn.Linear(hidden_size, 2 * hidden_size), nn.Linear(2 * hidden_size, 1)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(first, nn.ReLU(), last)
+
+
+@torch.no_grad()
+def reference_logprobs(top: Top, states: Tensor, index: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities (n,) of the same tokens under a frozen top over the same states."""
+    hidden = top.part(states).flatten(0, 1)[index]
+    return token_logprobs(top.head(hidden), targets, temperature, False)[0]
+
+
+def token_logprobs(
+    logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities (n,) of `targets` (n,) under softmax(logits (n, V) / temperature), in float32.
+
+    The temperature belongs to the policy that was sampled from. Top-k and top-p do not enter: they only shorten the
+    tail of what is sampled, as in trlX.
+    """
+    scaled = logits.float() / temperature
+    normaliser = scaled.logsumexp(dim=-1)
+    logprobs = scaled.gather(-1, targets[:, None]).squeeze(-1) - normaliser
+    if not with_entropy:
+        return logprobs, None
+    with torch.no_grad():
+        probabilities = (scaled - normaliser[:, None]).exp()
+        entropy = normaliser - (probabilities * scaled).sum(dim=-1)
+    return logprobs, entropy

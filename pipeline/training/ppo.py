@@ -1,0 +1,242 @@
+"""PPO: `accelerate launch ... -m pipeline.training.ppo --run RUN --out DIR`.
+
+Makes the artifact "policy": the whole trained model as a Hugging Face folder with its tokenizer. Exits with status 75,
+and without a result, when it was asked to stop; started again, it goes on from its checkpoint to the same weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from pipeline.procs import die_with_parent
+
+if __name__ == "__main__":
+    die_with_parent()  # before the imports below, which take seconds
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from pipeline.config.schema import Config
+from pipeline.data.preferences import read_split
+from pipeline.data.tokens import load_tokenizer, same_vocabulary
+from pipeline.run import atomic, hashing, sources
+from pipeline.run.directory import RunDir
+from pipeline.run.work import Progress, parse_work, write_result
+from pipeline.serving.client import connect_scorer
+from pipeline.training.baselines import baseline_scores
+from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.models import check_positions, disable_dropout, load_causal_lm, save_model
+from pipeline.training.policy import Policy
+from pipeline.training.prompts import all_prompts, derive_seed
+from pipeline.training.ranks import Ranks, make_accelerator
+from pipeline.training.report_once import run_rank
+from pipeline.training.rollout import Sampler
+from pipeline.training.scoring_text import ScoringText
+from pipeline.training.split import Split, frozen_reference, split_model
+from pipeline.training.stop import EX_TEMPFAIL, STOPPED, StopRequest
+from pipeline.training.stopping import StopSequences
+from pipeline.training.tracking import start_tracker, tracker_of
+from pipeline.training.trainer import Data, Trainer, TrainState, steps_per_phase
+from pipeline.training.update import Updater, learning_rate
+
+FINGERPRINT = "HH_PIPELINE_FINGERPRINT"
+"""Environment variable that names the checkpoints' folder: a changed configuration never resumes an old training."""
+NOT_IN_TRAINING = {"preset", "description", "all", "cluster", "sandbox", "evaluate", "sft", "reward_model", "data"}
+"""Sections that do not enter a training; data and models enter by their content."""
+NOT_IN_RESULT = {"tracker", "project_name", "keep_checkpoints", "checkpoint_interval"}
+"""Keys of `train` that change how a training is kept and shown, not what it ends in."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train; returns the exit status."""
+    run, config, out = parse_work(__doc__.splitlines()[0], argv)
+    quiet_libraries()
+    stop = StopRequest(run.stop_flag)
+    accelerator = start_accelerator(run, config)
+    ranks = Ranks(accelerator.process_index, accelerator.num_processes, accelerator.device)
+    if not ranks.first:
+        logging.getLogger().setLevel(logging.WARNING)
+    progress = Progress(out, config.train.total_steps)
+
+    trainer, split = assemble(run, config, accelerator, ranks, progress, stop)
+    try:
+        state, complete = trainer.train()
+    finally:
+        trainer.sampler.scorer.close()
+    if complete:
+        save_policy(split, trainer.sampler.tokenizer, out / "policy", accelerator, ranks)
+        if ranks.first:
+            values = {**summary(state), "metrics": str(trainer.metrics.relative_to(run.root))}
+            write_result(out, {"policy": "policy"}, values)
+    elif ranks.first:
+        logging.getLogger(__name__).info("stopped at step %d; start again to go on", state.step)
+        atomic.write_json(out / STOPPED, {"step": state.step, "phase": state.phase})
+    ranks.barrier()
+    accelerator.end_training()
+    return 0 if complete else EX_TEMPFAIL
+
+
+def quiet_libraries() -> None:
+    """Keep progress bars and the notes of every saved file out of the log."""
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
+
+
+def assemble(
+    run: RunDir, config: Config, accelerator: Accelerator, ranks: Ranks, progress: Progress, stop: StopRequest
+) -> tuple[Trainer, Split]:
+    """Load models and data, connect the scorer, and put the trainer together."""
+    start = sources.policy_start_path(run, config)
+    check_positions(start, "train.seq_length", config.train.seq_length)
+    tokenizer_folder = sources.tokenizer_path(run, config, start)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    reward_folder = sources.reward_model_path(run, config)
+    split = load_split(start, config, accelerator)
+    reference = frozen_reference(split)
+    policy, optimizer = prepare(split, reference, config, accelerator)
+    stops = StopSequences(tokenizer, config.generate.stop_sequences)
+    scoring = ScoringText(
+        policy=tokenizer,
+        reward=load_tokenizer(reward_folder),
+        same_vocabulary=same_vocabulary(tokenizer_folder, reward_folder),
+        stops=stops,
+        max_length=config.serving.max_length,
+    )
+    scorer = connect_scorer(run, config)
+    sampler = Sampler(split, tokenizer, scoring, scorer, config.generate, config.prompt_length, accelerator.autocast)
+    data = load_data(run, config, sampler, ranks, progress)
+    total = config.train.total_steps
+    updater = Updater(
+        accelerator,
+        policy,
+        optimizer,
+        config.ppo,
+        ranks,
+        config.generate.temperature,
+        config.optimizer.max_grad_norm,
+        rate=lambda step: learning_rate(step, config.optimizer, config.scheduler, total),
+    )
+    name = checkpoints_name(run, config, start, reward_folder, ranks)
+    checkpoints = Checkpoints(run.checkpoints / name, ranks, config.train.keep_checkpoints)
+    return Trainer(run, config, data, sampler, updater, reference, ranks, checkpoints, progress, stop), split
+
+
+def checkpoints_name(run: RunDir, config: Config, start: Path, rewards: Path, ranks: Ranks) -> str:
+    """The checkpoints' folder: what the control plane says, else made from all that enters a training by hand.
+
+    `start` and `rewards` are the folders of the policy's start and of the reward model.
+    """
+    given = os.environ.get(FINGERPRINT)
+    return given or str(ranks.from_first(manual_fingerprint(run, config, start, rewards) if ranks.first else None))
+
+
+def manual_fingerprint(run: RunDir, config: Config, start: Path, rewards: Path) -> str:
+    """ "manual-" and a fingerprint of the settings that enter training, the models' files and the data's."""
+    settings = {key: value for key, value in config.plain().items() if key not in NOT_IN_TRAINING}
+    settings["serving"] = {key: settings["serving"][key] for key in ("dtype", "max_length")}
+    settings["train"] = {key: value for key, value in settings["train"].items() if key not in NOT_IN_RESULT}
+    cache = hashing.HashCache(run.root / "cache" / "hashes.json")
+    inputs = [hashing.hash_tree(folder, cache)[0] for folder in (start, rewards, run.artifact("prefetch", "data"))]
+    cache.save()
+    return f"manual-{hashing.fingerprint([settings, inputs])}"
+
+
+def load_split(path: Path, config: Config, accelerator: Accelerator) -> Split:
+    """The causal language model at `path` on this process's device, without dropout, split for PPO.
+
+    The trained weights are float32. In mixed precision the frozen ones are bf16, and so is what they say.
+    """
+    model = load_causal_lm(path, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32)
+    disable_dropout(model)
+    split = split_model(model.to(accelerator.device), config.model.num_layers_unfrozen)
+    for parameter in split.top.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return split
+
+
+def prepare(split: Split, reference: torch.nn.Module, config: Config, accelerator: Accelerator) -> tuple[Any, Any]:
+    """The trainable part and its optimiser, as accelerate wraps them.
+
+    Under data parallelism the trained weights stay float32, and autocast rounds them as it rounds the reference's.
+    DeepSpeed turns them to bf16 and keeps float32 masters, so its reference must be bf16 as well.
+    """
+    policy = Policy(split.top, split.hidden_size, derive_seed(config.seed, "value head")).to(split.device)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    settings = config.optimizer
+    optimizer = torch.optim.AdamW(
+        trained, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+    )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        plugin = accelerator.state.deepspeed_plugin.deepspeed_config
+        plugin["train_micro_batch_size_per_gpu"] = config.train.micro_batch_size or config.train.batch_size
+        plugin["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps
+        plugin["gradient_clipping"] = settings.max_grad_norm
+        if accelerator.mixed_precision == "bf16":
+            reference.to(torch.bfloat16)
+    prepared, optimizer = accelerator.prepare(policy, optimizer)
+    return prepared, optimizer
+
+
+def load_data(run: RunDir, config: Config, sampler: Sampler, ranks: Ranks, progress: Progress) -> Data:
+    """Prompts, and the baselines of all that this training will use."""
+    train, heldout = read_split(run, "train"), read_split(run, "test")[: config.train.eval_prompts]
+    if not config.ppo.delta_reward:
+        return Data(train, heldout, None, None)
+
+    def report(note: str) -> None:
+        if ranks.first:
+            progress.update(0, note)
+
+    phases = -(-config.train.total_steps // steps_per_phase(config))
+    used = all_prompts(phases, ranks.world, config.ppo.num_rollouts, len(train), config.seed)
+    cache, scoring, scorer = run.root / "cache", sampler.scoring, sampler.scorer
+    return Data(
+        train,
+        heldout,
+        baseline_scores(cache, train, used, scoring, scorer, ranks, report),
+        baseline_scores(cache, heldout, range(len(heldout)), scoring, scorer, ranks, report),
+    )
+
+
+def start_accelerator(run: RunDir, config: Config) -> Accelerator:
+    """The Accelerator with its tracker."""
+    accumulation = -(-config.train.batch_size // (config.train.micro_batch_size or config.train.batch_size))
+    folder = run.root / "tracker"
+    accelerator = make_accelerator(accumulation, tracker_of(config), folder)
+    start_tracker(accelerator, config, folder, run.root.name)
+    return accelerator
+
+
+def save_policy(split: Split, tokenizer: Any, folder: Path, accelerator: Accelerator, ranks: Ranks) -> None:
+    """Write the whole model, which the trained top is a part of, as safetensors in one dtype, with its tokenizer."""
+    if ranks.first:
+        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+        save_model(split.whole.to(dtype), tokenizer, folder)
+    ranks.barrier()
+
+
+def summary(state: TrainState) -> dict[str, Any]:
+    """The values that the stage records."""
+    return {
+        "steps": state.step,
+        "phases": state.phase,
+        "kl": state.kl,
+        "kl_coefficient": state.kl_coefficient,
+        "reward_mean_first": state.first_reward,
+        "reward_mean_last": state.last_reward,
+        "reward_mean_best": state.best_reward,
+        "best_step": state.best_step,
+        "rollouts": state.rollouts,
+        "rollouts_per_second": state.rollouts / state.seconds if state.seconds else None,
+        "train_seconds": state.seconds,
+    }
+
+
+if __name__ == "__main__":
+    run_rank(main)

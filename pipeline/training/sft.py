@@ -1,0 +1,145 @@
+"""The SFT stage: fine-tune the base model on the chosen responses.
+
+    [accelerate launch ...] python -m pipeline.training.sft --run RUN --out DIR
+
+Writes DIR/model, a Hugging Face folder with the tokenizer. Killed, it is run again from its start and gives the
+same weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.procs import die_with_parent
+
+if __name__ == "__main__":
+    die_with_parent()  # before the imports below, which take seconds
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.config.schema import SFT
+from pipeline.data.preferences import Preference, read_split
+from pipeline.data.tokens import encode_pair, load_tokenizer, pad_id
+from pipeline.run.sources import base_model_path, tokenizer_path
+from pipeline.run.work import Progress, parse_work, write_result
+from pipeline.training.models import check_positions, disable_dropout, load_causal_lm, save_model
+from pipeline.training.report_once import run_rank
+from pipeline.training.supervised import Task, fit, hidden_states, pad_rows, start_process, sum_over
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """Ids of prompt and response, EOS included; tokens from `first` on carry loss."""
+
+    ids: tuple[int, ...]
+    first: int
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    @property
+    def loss_tokens(self) -> int:
+        return len(self.ids) - self.first
+
+
+def make_dialogues(
+    preferences: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, settings: SFT
+) -> list[Dialogue]:
+    """The chosen dialogues as ids. The very first token of a dialogue has nothing to be predicted from."""
+    dialogues = []
+    for preference in preferences:
+        prompt, response = encode_pair(tokenizer, preference.prompt, preference.chosen, settings.max_length)
+        first = 1 if settings.loss_on == "dialogue" else max(1, len(prompt))
+        dialogues.append(Dialogue((*prompt, *response), first))
+    return [dialogue for dialogue in dialogues if dialogue.loss_tokens > 0]
+
+
+def collate(dialogues: Sequence[Dialogue], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Right-padded ids (B, T), and for the N tokens that carry loss: flat places of what predicts them, and their ids.
+
+    All int64. The places index a (B * T, H) view of the hidden states.
+    """
+    ids = pad_rows([dialogue.ids for dialogue in dialogues], pad)  # (B, T)
+    width = ids.shape[1]
+    places = [
+        row * width + at - 1 for row, dialogue in enumerate(dialogues) for at in range(dialogue.first, dialogue.length)
+    ]
+    targets = [token for dialogue in dialogues for token in dialogue.ids[dialogue.first :]]
+    return ids, torch.tensor(places), torch.tensor(targets)  # (B, T), (N,), (N,)
+
+
+class ResponseLoss(nn.Module):
+    """Sum of the cross-entropies (nats) of the tokens that carry loss; only their positions meet the vocabulary."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, places: Tensor, targets: Tensor) -> Tensor:  # (B, T), (N,), (N,) -> ()
+        hidden = hidden_states(self.model, ids).flatten(0, 1).index_select(0, places)  # (N, H)
+        logits = self.model.get_output_embeddings()(hidden)  # (N, V)
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the stage's work."""
+    started = time.monotonic()
+    run, config, out = parse_work(__doc__ or "", argv)
+    settings = config.sft
+    accelerator = start_process(settings, config.seed)
+    base = base_model_path(run, config)
+    tokenizer = load_tokenizer(tokenizer_path(run, config, base))
+    check_positions(base, "sft.max_length", settings.max_length)
+    train = make_dialogues(read_split(run, "train"), tokenizer, settings)
+    test = make_dialogues(read_split(run, "test"), tokenizer, settings)
+    model = load_causal_lm(base, torch.float32)
+    disable_dropout(model)
+    module = ResponseLoss(model)
+    pad = pad_id(tokenizer)
+    task: Task[Dialogue] = Task(lambda batch: collate(batch, pad), lambda dialogue: dialogue.loss_tokens)
+    steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
+    progress = Progress(out, steps) if accelerator.is_main_process else None
+    done = fit(accelerator, module, task, train, settings, config.seed, progress)
+
+    module.eval()
+
+    def measure(ids: Tensor, places: Tensor, targets: Tensor) -> Tensor:
+        with accelerator.autocast():
+            return module(ids, places, targets).double().reshape(1)  # type: ignore[no-any-return]
+
+    tokens = sum(dialogue.loss_tokens for dialogue in test)
+    loss = sum_over(accelerator, measure, task, test)[0] / tokens
+    _log.info("held-out loss %.4f over %d tokens after %d steps in %.1f s", loss, tokens, done.steps, done.seconds)
+    if accelerator.is_main_process:
+        save_model(model, tokenizer, out / "model")
+        values = {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 50.0)),
+            "test_tokens": tokens,
+            "train_loss_first": done.loss_first,
+            "train_loss_last": done.loss_last,
+            "steps": done.steps,
+            "processes": accelerator.num_processes,
+            "train_seconds": round(done.seconds, 3),
+            "seconds": round(time.monotonic() - started, 3),
+        }
+        write_result(out, {"model": "model"}, values)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_rank(main)

@@ -1,0 +1,73 @@
+"""Experiment trackers through accelerate: Weights & Biases online where it finds a key, offline where it does not."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.config.schema import Config
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+_REMEDY = "set WANDB_MODE=offline, or train.tracker=none"
+
+
+def tracker_of(config: Config) -> str | None:
+    """The tracker's name as accelerate knows it, or None; UserError when its package is not installed."""
+    name = config.train.tracker
+    if name == "none":
+        return None
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"train.tracker: the package {name} is not installed; install it or set train.tracker=none")
+    return name
+
+
+def start_tracker(accelerator: Accelerator, config: Config, folder: Path, name: str) -> None:
+    """Start the configured tracker, if any, for a run called `name`; its files lie below `folder`."""
+    tracker = tracker_of(config)
+    if tracker is None or not accelerator.is_main_process:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"preset": config.preset, "seed": config.seed, "lr": config.optimizer.lr, **config.ppo.model_dump()}
+    known = {key: value for key, value in settings.items() if value is not None}
+    if tracker == "wandb":
+        _start_wandb(accelerator, config.train.project_name, known, folder, name)
+    else:
+        accelerator.init_trackers(config.train.project_name, known)
+
+
+def _start_wandb(accelerator: Accelerator, project: str, settings: dict[str, object], folder: Path, name: str) -> None:
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    options = {"dir": str(folder), "name": name}
+    try:
+        if "WANDB_MODE" not in os.environ and not wandb_finds_a_key():
+            logger.info("Weights & Biases finds no key: it writes offline, below %s", folder)
+            options["mode"] = "offline"  # the variable is too late: looking for a key has read the environment
+        accelerator.init_trackers(project, settings, {"wandb": options})
+    except wandb.errors.Error as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"train.tracker: Weights & Biases does not start ({reason}); {_REMEDY}") from error
+
+
+def wandb_finds_a_key() -> bool:
+    """Whether wandb finds credentials: in the environment, in a netrc file (`wandb login`), or in its settings.
+
+    It is asked itself, because files, their order and the server's name are its business and differ by version.
+    """
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    import wandb
+
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return bool(wandb.login(prompt=False, verify=False))
+    return bool(wandb.api.api_key)  # versions whose login would ask at the terminal

@@ -1,0 +1,204 @@
+"""The whole chain with real models, a real tritonserver and real training, in miniature."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from helpers_jobs import ROOT, TINY, command, nothing_left, pids_running, policy_sha256, start, submit, wait_for
+
+from pipeline.run import endpoint
+from pipeline.run.directory import RunDir
+from pipeline.stages.names import STAGES
+
+pytestmark = [pytest.mark.chain, pytest.mark.triton]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of all stages."""
+    run = tmp_path_factory.mktemp("chain") / "run"
+    done = submit(run)
+    assert done.status == 0, done.out + done.err
+    return run
+
+
+def until_training(finished: Path, target: Path) -> Path:
+    """A copy of the finished run in which nothing has been trained yet by PPO."""
+    shutil.copytree(finished, target, symlinks=True)
+    for stage in ("serve", "train", "evaluate"):
+        shutil.rmtree(target / "stages" / stage)
+    for name in ("checkpoints", "cache", "services"):
+        shutil.rmtree(target / name, ignore_errors=True)
+    for name in ("metrics.jsonl", "submission.json"):
+        (target / name).unlink(missing_ok=True)
+    return target
+
+
+def test_every_stage_has_outputs_and_nothing_is_left_running(finished: Path) -> None:
+    run = RunDir(finished)
+    assert [stage for stage in STAGES if run.outputs(stage) is None] == ["serve"]  # a service is never "done"
+    assert nothing_left(finished)
+    assert endpoint.read(run) is None
+
+
+def test_the_policy_is_a_hugging_face_model(finished: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    policy = AutoModelForCausalLM.from_pretrained(finished / "models" / "policy")
+    start_model = AutoModelForCausalLM.from_pretrained(finished / "models" / "sft")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "models" / "policy")
+    assert tokenizer("\n\nHuman: hi")["input_ids"]
+    changed = {
+        name
+        for (name, new), old in zip(policy.named_parameters(), start_model.parameters(), strict=True)
+        if not torch.equal(new, old)
+    }
+    assert any("layers.2." in name for name in changed)
+    assert not any("layers.0." in name or "embed_in" in name for name in changed)  # the trunk is frozen
+
+
+def test_metrics_and_report_are_there(finished: Path) -> None:
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    phases = [row for row in rows if "policy/sqrt_kl" in row]
+    assert phases[0]["ratio_first"] == 1.0
+    assert phases[0]["policy/approx_kl_first"] == 0.0
+    assert max(row["step"] for row in rows) == 12
+    report = json.loads((finished / "report" / "report.json").read_text())
+    assert report["paired"]["n"] == 16
+    assert report["paired"]["low"] <= report["paired"]["mean"] <= report["paired"]["high"]
+    assert "<svg" in (finished / "report" / "index.html").read_text()
+
+
+def test_a_rerun_does_nothing_and_says_so(finished: Path) -> None:
+    done = submit(finished)
+    assert (done.status, "nothing to do" in done.out) == (0, True)
+
+
+def test_a_changed_evaluation_plans_the_evaluation_only(finished: Path) -> None:
+    done = submit(finished, "--set", "evaluate.num_prompts=12", "--dry-run")
+    actions = dict(line.split()[:2] for line in done.out.splitlines()[1:9])
+    assert [stage for stage, action in actions.items() if action != "skip"] == ["evaluate"]
+    assert "config changed: evaluate.num_prompts: 16 to 12" in done.out
+
+
+@pytest.mark.parametrize("victim", ["pipeline.training.ppo", "tritonserver --", "submitit.core._submit"])
+def test_training_killed_anywhere_ends_in_the_same_weights(finished: Path, tmp_path: Path, victim: str) -> None:
+    run = until_training(finished, tmp_path / "run")
+    follower = start(run, "--stage", "serve,train")
+    wait_for(lambda: list(run.glob("checkpoints/*/step-00000004")), "the first checkpoint")
+    victims = pids_running(run, victim)
+    assert victims
+    os.kill(victims[-1], signal.SIGKILL)
+    follower.wait(240)
+    done = submit(run, "--stage", "serve,train")
+    assert done.status == 0, done.err
+    assert policy_sha256(run) == policy_sha256(finished)
+    wait_for(lambda: nothing_left(run), "every process to end", 20)
+
+
+def test_a_launcher_killed_at_its_start_leaves_no_process(finished: Path, tmp_path: Path) -> None:
+    run = until_training(finished, tmp_path / "run")
+    follower = start(run, "--stage", "serve,train")
+    wait_for(lambda: pids_running(run, "-m pipeline.training.ppo", "-u"), "the ranks to start")
+    for pid in pids_running(run, "pipeline.training.launch"):
+        os.kill(pid, signal.SIGKILL)
+    assert follower.wait(120) == 1
+    wait_for(lambda: nothing_left(run), "every process to end", 20)
+
+
+def test_force_trains_anew_and_ends_in_the_same_weights(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    done = submit(run, "--stage", "serve,train", "--force")
+    assert done.status == 0, done.err
+    outputs = RunDir(run).outputs("train")
+    assert outputs is not None and outputs.attempt == 2
+    assert policy_sha256(run) == policy_sha256(finished)
+    (checkpoints,) = (run / "checkpoints").iterdir()  # those of the first training are gone
+    assert checkpoints.name.startswith(outputs.fingerprint + "-")
+
+
+def test_without_a_server_the_trainer_scores_itself_with_the_same_numbers(finished: Path, tmp_path: Path) -> None:
+    run = until_training(finished, tmp_path / "run")
+    done = submit(run, "--stage", "train", overrides=(*TINY, "sandbox.engine=none"))
+    assert done.status == 0, done.err
+    assert policy_sha256(run) == policy_sha256(finished)
+
+
+def test_a_dead_server_or_another_model_is_refused_in_one_line(finished: Path, tmp_path: Path) -> None:
+    run = until_training(finished, tmp_path / "run")
+    for host, message in (("127.0.0.1:9/reward-model", "TRITON_HOST"), ("nonsense", "host:port/model")):
+        done = submit(run, "--stage", "train", "--set", "serving.retry_timeout_s=1", env={"TRITON_HOST": host})
+        assert done.status == 1
+        assert message in done.err
+        assert "Traceback" not in done.err
+    assert RunDir(run).outputs("train") is None
+    assert nothing_left(run)
+
+
+def test_a_server_on_its_own_serves_trainings_until_it_is_cancelled(finished: Path, tmp_path: Path) -> None:
+    run = until_training(finished, tmp_path / "run")
+    served = submit(run, "--stage", "serve", "--set", "serving.bind=loopback")
+    assert served.status == 0, served.err
+    published = endpoint.read(RunDir(run))
+    assert published is not None
+    assert published.triton_host.startswith("127.0.0.1:")
+    assert (run / "services" / "triton.json").stat().st_mode & 0o777 == 0o600
+    assert (run / "services" / "triton.env").read_text() == f"export TRITON_HOST={published.triton_host}\n"
+    cancelled = command("cancel", run)
+    assert "cancelled serve" in cancelled.out
+    assert endpoint.read(RunDir(run)) is None
+    wait_for(lambda: nothing_left(run), "the server to end", 20)
+
+
+def readme_commands() -> list[str]:
+    """Every command line that README.md shows in an indented block."""
+    text = (ROOT / "README.md").read_text()
+    lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    return [line for line in lines if line.startswith(("python -m ", "make "))]
+
+
+def test_the_readmes_commands_are_understood_as_printed(finished: Path, tmp_path: Path) -> None:
+    """Run as they stand, on a finished run and on real data's folder; what would take long is planned only."""
+    commands = readme_commands()
+    assert len(commands) >= 7
+    rows = tmp_path / "hh"
+    rows.mkdir()
+    for split in ("train", "test"):
+        shutil.copy(finished / "data" / f"{split}.jsonl", rows)
+    for line in commands:
+        if line.startswith("make "):
+            assert (
+                subprocess.run(["make", "-n", *line.split()[1:]], cwd=ROOT, capture_output=True, check=False).returncode
+                == 0
+            )
+            continue
+        arguments = line.replace("runs/demo", str(finished)).replace("path/to/hh", str(rows)).split()[2:]
+        if arguments[0] == "pipeline.submit":
+            arguments += ["--dry-run", "--run-dir", str(tmp_path / "run")]
+        done = command(arguments[0].removeprefix("pipeline."), *arguments[1:])
+        assert done.status == 0, f"{line}: {done.err}"
+
+
+HH = Path(os.environ.get("HH_DATA") or ROOT.parent / "shared" / "data" / "hh")
+
+
+@pytest.mark.hh
+@pytest.mark.skipif(not HH.is_dir(), reason="no HH rows: set HH_DATA to a folder with train.jsonl.gz and test.jsonl.gz")
+def test_the_same_chain_runs_on_real_rows(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = (*TINY, f"data.source={HH}", "data.limit_train=96", "data.limit_test=32")
+    done = submit(run, overrides=settings)
+    assert done.status == 0, done.err
+    values = RunDir(run).values("reward-model")
+    assert 0.0 < values["accuracy"] < 1.0 and values["loss"] < 1.0  # it reads real pairs, and does not blow up
+    report = json.loads((run / "report" / "report.json").read_text())
+    assert report["paired"]["n"] == 16
+    assert all(sample["prompt"].endswith("Assistant:") for sample in report["samples"])

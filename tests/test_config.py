@@ -1,0 +1,186 @@
+"""The configuration is strict, and says in one line what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import load
+from pipeline.config.reference import render_reference
+from pipeline.errors import UserError
+from pipeline.resources import resource_names
+
+
+def demo(*overrides: str, cluster: str | None = None):
+    return load.resolve(load.load_preset("demo"), overrides, cluster)
+
+
+def test_every_preset_resolves_and_survives_being_written_and_read(tmp_path: Path) -> None:
+    for name in resource_names("presets", ".yaml"):
+        config = load.resolve({**load.load_preset(name), "preset": name})
+        (tmp_path / "config.yaml").write_text(load.dump(config))
+        assert load.read_config(tmp_path) == config
+
+
+def test_an_override_changes_one_value_and_leaves_the_rest() -> None:
+    config = demo("ppo.lam=0.9", "optimizer.lr=1e-4", "generate.stop_sequences=['Human:']")
+    assert config.ppo.lam == 0.9
+    assert config.optimizer.lr == 1e-4  # YAML 1.1 alone would read a string
+    assert config.generate.stop_sequences == ("Human:",)
+    assert config.ppo.gamma == demo().ppo.gamma
+
+
+def test_numbers_are_read_as_people_write_them() -> None:
+    config = demo("optimizer.lr=1", "optimizer.eps=1e-9", "train.total_steps=1e3", "data.revision=1234e56")
+    assert (config.optimizer.lr, config.optimizer.eps, config.train.total_steps) == (1.0, 1e-9, 1000)
+    assert config.data.revision == "1234e56"  # a commit, not a number
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ppo.init_kl_coeff=1", "ppo.init_kl_coeff: unknown key (did you mean 'init_kl_coef'?)"),
+        ("trian.batch_size=1", "trian: unknown key (did you mean 'train'?)"),
+        ("ppo.lam=high", "ppo.lam: input should be a valid number"),
+        ("ppo.lam=1.5", "ppo.lam: input should be less than or equal to 1"),
+        ("sft.batch_size=0", "sft.batch_size: input should be greater than or equal to 1"),
+        ("train.tracker=mlflow", "train.tracker: input should be 'wandb', 'tensorboard' or 'none'"),
+        ("train.seq_length=1000", "train.seq_length: 1000 is more than the model's 256 positions"),
+        ("train.seq_length=48", "train.seq_length: 48 leaves no room for a prompt"),
+        ("train.batch_size=7", "ppo.num_rollouts: 64 is not a multiple of train.batch_size = 7"),
+        ("model.num_layers_unfrozen=4", "model.num_layers_unfrozen: 4 leaves none of the model's 4 layers"),
+        ("model.num_layers_unfrozen=0", "model.num_layers_unfrozen: 0 is not supported"),
+        ("model.num_layers_unfrozen=-1", "model.num_layers_unfrozen: -1 is not supported"),
+        ("model.embedded.num_heads=5", "model.embedded.hidden_size: 192 is not a multiple of"),
+        ("serving.model_name=a/b", "serving.model_name: string should match pattern"),
+        ("generate.stop_sequences=['']", "generate.stop_sequences: an empty stop sequence"),
+        ("ppo.scale_reward=ref", "ppo.ref_std: is needed by"),
+        ("ppo.target=true", "ppo.target: input should not be true or false"),
+        ("sft.batch_size=yes", "sft.batch_size: input should not be true or false"),
+        ("optimizer.betas=[true, 0.9]", "optimizer.betas: input should not be true or false"),
+        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1: input should be less than 1"),
+        ("optimizer.lr=.inf", "optimizer.lr: input should be a finite number"),
+        ("optimizer.lr=1e999", "optimizer.lr: input should be a finite number"),
+        ("ppo.cliprange=nan", "ppo.cliprange: input should be a finite number"),
+        ("train.num_processes=0", "train.num_processes: input should be greater than or equal to 1"),
+        ("model.path=''", "model.path: string should have at least 1 character"),
+        ("data.source=", "data.source: string should have at least 1 character"),
+        ("data.subsets=['']", "data.subsets.0: string should have at least 1 character"),
+        ("reward_model.checkpoint=", "reward_model.checkpoint: string should have at least 1 character"),
+        ("cluster.stages={trian: {gpus: 1}}", "cluster.stages.trian: unknown stage (did you mean 'train'?); stages: "),
+        ("cluster.stages={train: {gpu: 1}}", "cluster.stages.train.gpu: unknown key (did you mean 'gpus'?)"),
+        ("cluster.extra={mem: 1.5}", "cluster.extra.mem: input should be a valid string"),
+        ("ppo.lam", "--set ppo.lam: expected key=value"),
+        ("ppo.lam=[", "--set ppo.lam=[: the value is not valid YAML"),
+    ],
+)
+def test_a_fault_is_one_line_that_names_key_and_remedy(override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        demo(override)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_names_suggest_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"--preset dmeo: unknown preset \(did you mean 'demo'\?\)"):
+        load.load_preset("dmeo")
+    with pytest.raises(UserError, match=r"--cluster locla: .*did you mean 'local'"):
+        demo(cluster="locla")
+
+
+def test_a_cluster_file_replaces_the_profile_and_is_checked(tmp_path: Path) -> None:
+    profile = tmp_path / "site.yaml"
+    profile.write_text("name: site\nexecutor: slurm\npartition: gpu\nstages: {train: {gpus: 8}}\n")
+    config = demo(cluster=str(profile))
+    assert config.cluster.resources("train").gpus == 8
+    assert config.cluster.resources("sft").gpus == 0
+    profile.write_text("partitoin: gpu\n")
+    with pytest.raises(UserError, match=r"cluster.partitoin: unknown key \(did you mean 'partition'\?\)"):
+        demo(cluster=str(profile))
+
+
+def test_files_that_are_not_what_they_should_be(tmp_path: Path) -> None:
+    missing, scalar, broken = tmp_path / "no.yaml", tmp_path / "scalar.yaml", tmp_path / "broken.yaml"
+    scalar.write_text("5")
+    broken.write_text("a: [")
+    for path, message in ((missing, "no such file"), (scalar, "expected a mapping"), (broken, "not valid YAML")):
+        with pytest.raises(UserError, match=message) as caught:
+            load.load_yaml(path)
+        assert str(path) in str(caught.value)
+
+
+def model_folder(folder: Path, **sizes: object) -> Path:
+    """A folder that looks like a model as far as its config.json goes."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(sizes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"num_hidden_layers": 3, "max_position_embeddings": 128}, {"n_layer": 3, "n_positions": 128}]
+)
+def test_a_model_folders_own_sizes_are_checked(tmp_path: Path, sizes: dict[str, int]) -> None:
+    path = model_folder(tmp_path / "model", **sizes)
+    fitting = [f"model.path={path}", "train.seq_length=128", "sft.max_length=128"]
+    fitting += ["reward_model.max_length=128", "serving.max_length=128"]
+    assert demo(*fitting).model.num_layers_unfrozen == 2
+
+    for override, message in [
+        ("model.num_layers_unfrozen=3", f"num_layers_unfrozen: 3 leaves none of the model's 3 layers ({path}"),
+        ("train.seq_length=129", f"train.seq_length: 129 is more than the model's 128 positions ({path}"),
+        ("sft.max_length=129", "sft.max_length: 129 is more than"),
+        ("serving.max_length=129", "serving.max_length: 129 is more than"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(message)):
+            demo(*fitting, override)
+
+
+def test_a_reward_model_of_ones_own_has_its_own_length(tmp_path: Path) -> None:
+    checkpoint = model_folder(tmp_path / "rm", num_hidden_layers=2, max_position_embeddings=512)
+    given = f"reward_model.checkpoint={checkpoint}"
+    assert demo(given, "serving.max_length=512").serving.max_length == 512  # twice the policy's 256 positions
+    with pytest.raises(UserError, match=r"serving\.max_length: 513 is more than the model's 512 positions"):
+        demo(given, "serving.max_length=513")
+
+
+def test_a_damaged_config_json_is_named(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    for text in ("{", "[]"):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(UserError, match=r"^model\.path: .*config\.json: [^\n]*restore it"):
+            demo(f"model.path={folder}")
+
+
+def test_paths_mean_the_same_wherever_the_configuration_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("hh", "demo", "embedded", "ddp", "models/tok", "models/rm", "home/mine"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "site.yaml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+    config = demo(
+        *("data.source=./hh", "model.path=~/mine", "model.tokenizer_path=models/tok"),
+        *("reward_model.checkpoint=models/rm", "train.accelerate_config=site.yaml", "sandbox.cache_dir=new"),
+    )
+
+    assert config.data.source == f"{tmp_path}/hh"
+    assert config.model.path == f"{tmp_path}/home/mine"
+    assert config.model.tokenizer_path == f"{tmp_path}/models/tok"
+    assert config.reward_model.checkpoint == f"{tmp_path}/models/rm"
+    assert config.train.accelerate_config == f"{tmp_path}/site.yaml"
+    assert config.sandbox.cache_dir == f"{tmp_path}/new"  # will be made
+
+    names = demo("data.source=hh", "reward_model.checkpoint=some/model", "train.accelerate_config=ddp")
+    assert (names.data.source, names.model.path) == ("hh", "embedded")  # though folders are called so
+    assert (names.reward_model.checkpoint, names.train.accelerate_config) == ("some/model", "ddp")
+
+
+def test_every_setting_is_explained() -> None:
+    rows = [line for line in render_reference().splitlines() if line.startswith("| `")]
+    assert len(rows) > 80
+    assert [row for row in rows if row.endswith("|  |")] == []

@@ -1,0 +1,117 @@
+"""Advantages, penalties, losses and controllers against numbers worked out by hand or in slow float64."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.config.schema import Optimizer, Scheduler
+from pipeline.training.advantages import gae, kl_k1, kl_k3, token_rewards, whiten
+from pipeline.training.control import KLController, RunningMoments, clip_scores, scale_of
+from pipeline.training.experience import Packing
+from pipeline.training.losses import STATISTICS, ppo_loss
+from pipeline.training.update import learning_rate
+
+
+def alone(values: Tensor) -> Tensor:
+    """The sum over one rank."""
+    return values
+
+
+def test_gae_is_the_discounted_sum_of_residuals() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths, gamma, lam = [5, 1, 3], 0.97, 0.9
+    rewards, values = torch.randn(3, 5, generator=generator), torch.randn(3, 5, generator=generator)
+    mask = Packing(lengths).mask(torch.device("cpu"))
+    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    for row, length in enumerate(lengths):
+        r, v = rewards[row, :length].double().tolist(), [*values[row, :length].double().tolist(), 0.0]
+        for t in range(length):
+            slow = sum((gamma * lam) ** (i - t) * (r[i] + gamma * v[i + 1] - v[i]) for i in range(t, length))
+            assert advantages[row, t].item() == pytest.approx(slow, abs=1e-5)
+            assert returns[row, t].item() == pytest.approx(slow + v[t], abs=1e-5)
+    assert not advantages[~mask].any() and not returns[~mask].any()
+
+
+def test_the_score_is_paid_on_the_last_sampled_token() -> None:
+    kl = torch.tensor([[0.5, 0.0, 0.0, 0.0], [0.1, 0.2, 0.3, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    rewards = token_rewards(torch.tensor([2.0, -1.0, 3.0]), kl, torch.tensor([1, 3, 4]), beta=0.1)
+    expected = [[1.95, 0, 0, 0], [-0.01, -0.02, -1.03, 0], [-0.1, -0.1, -0.1, 2.9]]
+    torch.testing.assert_close(rewards, torch.tensor(expected))
+
+
+def test_whitening_spans_all_ranks_and_leaves_padding_out() -> None:
+    ours, theirs = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([3.0, -2.0])
+    everyone = torch.cat([ours, theirs])
+
+    def with_other_rank(values: Tensor) -> Tensor:
+        if values.dim():  # count and sum, then squared deviations from the common mean of 2
+            return values + torch.tensor([2.0, 1.0], dtype=torch.float64)
+        return values + (1.0 + 16.0)
+
+    white = whiten(ours, with_other_rank)
+    expected = (ours - everyone.mean()) / everyone.std(unbiased=False)
+    torch.testing.assert_close(white, expected)
+
+
+def test_k3_estimates_kl_with_the_right_sign() -> None:
+    policy, reference = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])
+    exact = float((policy * (policy / reference).log()).sum())
+    k1, k3 = kl_k1(policy.log(), reference.log()), kl_k3(policy.log(), reference.log())
+    assert float((policy * k1).sum()) == pytest.approx(exact, rel=1e-5)
+    assert float((policy * k3).sum()) == pytest.approx(exact, rel=1e-5)
+    assert bool((k3 >= 0).all())
+    wrong_sign = (policy * (torch.expm1(k1) - k1)).sum()
+    assert float(wrong_sign) == pytest.approx(exact + 0.0449, abs=1e-4)  # what trlX logs
+
+
+def test_kl_controller_by_hand() -> None:
+    controller = KLController(coefficient=0.05, target=6.0, horizon=10000)
+    assert controller.updated(6.6, 448).coefficient == pytest.approx(0.05 * (1 + 0.1 * 0.0448))
+    assert controller.updated(60.0, 448).coefficient == pytest.approx(0.05 * (1 + 0.2 * 0.0448))
+    assert controller.updated(0.0, 448).coefficient == pytest.approx(0.05 * (1 - 0.2 * 0.0448))
+    assert controller.updated(0.0, 10**9).coefficient == pytest.approx(0.04)
+    assert KLController(0.05, None, 10000).updated(100.0, 448).coefficient == 0.05
+
+
+def test_running_moments_are_those_of_all_scores() -> None:
+    groups = [[1.0, 2.0, 4.0], [-3.0], [0.5, 0.5, 9.0, 1.0]]
+    moments = RunningMoments()
+    for group in groups:
+        moments = moments.updated(group)
+    everything = [score for group in groups for score in group]
+    assert moments.mean == pytest.approx(statistics.fmean(everything))
+    assert moments.std == pytest.approx(statistics.stdev(everything))
+    assert RunningMoments().updated([2.0, 2.0]).std == 1.0  # nothing to scale by
+    assert scale_of("running", None, moments) == moments.std
+    assert scale_of("ref", 2.5, moments) == 2.5 and scale_of("none", None, moments) == 1.0
+    assert clip_scores([-12.0, 3.0, 11.0], 10.0) == [-10.0, 3.0, 10.0]
+
+
+def test_losses_by_hand() -> None:
+    old = torch.zeros(4)
+    ratios = torch.tensor([1.5, 1.5, 0.5, 1.1])
+    advantages = torch.tensor([1.0, -1.0, -1.0, 2.0])
+    # max(-A r, -A clip(r)): -1.2 (clipped), 1.5, 0.8 (clipped), -2.2
+    values, old_values = torch.tensor([1.0, 0.1, 0.0, 0.0]), torch.zeros(4)
+    returns = torch.tensor([2.0, 0.0, 0.0, 1.0])
+    # clipped value of the first: 0.2, so its error is 1.8 and not 1.0
+    loss = ppo_loss(ratios.log(), values, old, old_values, advantages, returns, 0.2, 0.2)
+    assert loss.policy.item() == pytest.approx(-1.2 + 1.5 + 0.8 - 2.2, abs=1e-6)
+    assert loss.value.item() == pytest.approx(0.5 * (1.8**2 + 0.01 + 0.0 + 1.0), abs=1e-6)
+    logged = dict(zip(STATISTICS, loss.statistics.tolist(), strict=True))
+    assert logged["policy/clipfrac"] == 2 and logged["values/clipfrac"] == 1
+    assert logged["ratio"] == pytest.approx(4.6)
+    assert logged["policy/approx_kl"] == pytest.approx(sum(r - 1 - math.log(r) for r in (1.5, 1.5, 0.5, 1.1)), abs=1e-6)
+
+
+def test_learning_rate_is_a_function_of_the_step() -> None:
+    settings = Optimizer(lr=1.0)
+    rates = [learning_rate(step, settings, Scheduler(name="linear", warmup_steps=2), 6) for step in range(6)]
+    assert rates == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert learning_rate(5, settings, Scheduler(), 6) == 1.0
+    assert learning_rate(3, settings, Scheduler(name="cosine"), 6) == pytest.approx(0.5)

@@ -1,0 +1,69 @@
+"""Weights & Biases: online with a key wherever wandb keeps it, offline without one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.procs import capture
+from pipeline.training import tracking
+
+pytest.importorskip("wandb")
+
+SERVER = "127.0.0.1:9"  # nothing listens there, and nothing may be asked
+KEY = "0123456789" * 4
+
+
+def python(script: str, home: Path, **environment: str) -> str:
+    """What a script prints whose user has `home` and no wandb settings but these."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "NETRC"))}
+    env = {**inherited, "HOME": str(home), "WANDB_BASE_URL": f"http://{SERVER}", "OMP_NUM_THREADS": "1", **environment}
+    status, said = capture([sys.executable, "-c", script], env=env, timeout_s=120)
+    assert status == 0, said
+    return said
+
+
+@pytest.mark.parametrize("place", ["nowhere", "netrc of another server", "netrc", "environment"])
+def test_a_key_is_found_where_wandb_finds_it(place: str, tmp_path: Path) -> None:
+    if place.startswith("netrc"):
+        machine = SERVER if place == "netrc" else "api.example.org"
+        (tmp_path / ".netrc").write_text(f"machine {machine}\n  login user\n  password {KEY}\n")
+        (tmp_path / ".netrc").chmod(0o600)
+    environment = {"WANDB_API_KEY": KEY} if place == "environment" else {}
+    script = "from pipeline.training.tracking import wandb_finds_a_key\nprint('found:', wandb_finds_a_key())"
+    found = place in {"netrc", "environment"}
+    assert f"found: {found}" in python(script, tmp_path, WANDB_SILENT="true", **environment)
+
+
+OFFLINE = """
+import os
+from pathlib import Path
+from pipeline.config.load import resolve
+from pipeline.training.ranks import make_accelerator
+from pipeline.training.tracking import start_tracker, tracker_of
+config = resolve({"train": {"tracker": "wandb"}})
+folder = Path(os.environ["HOME"]) / "tracker"
+accelerator = make_accelerator(1, tracker_of(config), folder)
+start_tracker(accelerator, config, folder, "a-run")
+accelerator.log({"reward": 1.0}, step=3)
+accelerator.end_training()
+"""
+
+
+def test_without_a_key_a_run_is_written_offline(tmp_path: Path) -> None:
+    python(OFFLINE, tmp_path)
+    (run,) = (tmp_path / "tracker" / "wandb").glob("offline-run-*")
+    assert list(run.glob("*.wandb"))
+
+
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.config.load import resolve
+
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"train\.tracker: the package tensorboard is not installed"):
+        tracking.tracker_of(resolve({"train": {"tracker": "tensorboard"}}))
+    assert tracking.tracker_of(resolve({"train": {"tracker": "none"}})) is None

@@ -1,0 +1,246 @@
+"""The reward clients: addresses, order, retries, and refusing to make a reward up."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers_serving import converted_run, save_reward_model, serving_config
+from tritonclient.utils import InferenceServerException
+
+from pipeline.errors import UserError
+from pipeline.run import endpoint
+from pipeline.run.directory import RunDir
+from pipeline.serving import client, wire
+from pipeline.serving.client import TritonScorer, connect_scorer, is_retriable
+from pipeline.serving.scorer import LocalScorer
+from pipeline.serving.scoring import RewardModel
+
+HERE = wire.Address("127.0.0.1:1", "rm")
+Infer = Callable[[Sequence[Sequence[int]]], list[float]]
+
+
+class FakeServer:
+    """Stands in for the network: answers with each row's sum unless told otherwise."""
+
+    def __init__(self) -> None:
+        self.identity: str | None = "abc"
+        self.faults: list[InferenceServerException] = []
+        self.requests: list[list[list[int]]] = []
+        self.connected_to: list[str] = []
+
+    def open_client(self, address: wire.Address) -> Any:
+        self.connected_to.append(str(address))
+        return FakeClient()
+
+    def served_identity(self, _client: Any, _model: str, _timeout: float) -> str | None:
+        return self.identity
+
+    def infer(self, _client: Any, _model: str, rows: list[list[int]], _timeout: float) -> list[float]:
+        if self.faults:
+            raise self.faults.pop(0)
+        self.requests.append(rows)
+        return [float(sum(row)) for row in rows]
+
+
+class FakeClient:
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
+    fake = FakeServer()
+    for name in ("open_client", "served_identity", "infer"):
+        monkeypatch.setattr(wire, name, getattr(fake, name))
+    monkeypatch.setattr(client, "_FIRST_PAUSE_S", 0.01)
+    yield fake
+
+
+def scorer(identity: str | None = None, **serving: Any) -> TritonScorer:
+    return TritonScorer(lambda: HERE, serving_config(**serving).serving, identity)
+
+
+def fault(status: str, message: str = "x") -> InferenceServerException:
+    return InferenceServerException(message, status=f"StatusCode.{status}")
+
+
+@pytest.mark.parametrize(
+    ("text", "url", "model"),
+    [
+        ("localhost:8001/gptj-rm-static", "localhost:8001", "gptj-rm-static"),
+        ("10.0.0.7:8001/rm.v2", "10.0.0.7:8001", "rm.v2"),
+        ("[::1]:8001/rm", "[::1]:8001", "rm"),
+        ("unix:/tmp/hh-triton-a/rm.sock:8001/reward-model", "unix:/tmp/hh-triton-a/rm.sock:8001", "reward-model"),
+        (" node7:1/m\n", "node7:1", "m"),
+    ],
+)
+def test_addresses(text: str, url: str, model: str) -> None:
+    assert wire.parse_address(text) == wire.Address(url, model)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["localhost:8001", "localhost/rm", "http://localhost:8001/rm", "localhost:99999/rm", "localhost:0/rm", "a b:1/rm"],
+)
+def test_a_malformed_address_names_the_expected_form(text: str) -> None:
+    with pytest.raises(
+        UserError, match=r"^TRITON_HOST=.* expected host:port/model or unix:/path/to/socket:port/model$"
+    ):
+        wire.parse_address(text)
+
+
+def test_rewards_come_back_in_order_whatever_the_batches(server: FakeServer) -> None:
+    sequences = [[index + 1] * (1 + index * 7 % 23) for index in range(40)]
+    with_batches = scorer(max_batch_size=3, max_batch_tokens=40)
+    assert with_batches.score(sequences) == [float(sum(sequence)) for sequence in sequences]
+    assert all(len(rows) <= 3 and len(rows) * max(map(len, rows)) <= 40 for rows in server.requests)
+    assert with_batches.score([]) == []
+    with_batches.close()
+
+
+def test_long_sequences_lose_their_beginning_and_empty_ones_are_refused(server: FakeServer) -> None:
+    short = scorer(max_length=4)
+    short.score([[1, 2, 3, 4, 5, 6]])
+    assert server.requests == [[[3, 4, 5, 6]]]
+    with pytest.raises(ValueError, match="sequence 1 is empty"):
+        short.submit([[1], []])
+    short.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "retriable"),
+    [
+        ("UNAVAILABLE", "failed to connect to all addresses", True),
+        ("UNAVAILABLE", "This protocol is restricted, expecting header 'triton-grpc-protocol-x'", False),
+        ("CANCELLED", "GRPC server is shutting down", True),
+        ("DEADLINE_EXCEEDED", "Deadline Exceeded", True),
+        ("INTERNAL", "Stub process 'rm_0_0' is not healthy.", True),
+        ("INTERNAL", "scoring failed: RuntimeError", False),
+        ("INVALID_ARGUMENT", "lengths must be within 1..4", False),
+        ("NOT_FOUND", "unknown model", False),
+    ],
+)
+def test_only_what_a_restart_explains_is_retried(status: str, message: str, retriable: bool) -> None:
+    assert is_retriable(fault(status, message)) is retriable
+
+
+def test_a_passing_outage_is_waited_out_and_the_server_is_looked_up_again(server: FakeServer) -> None:
+    places = [HERE, wire.Address("127.0.0.1:2", "rm")]
+    moved = TritonScorer(lambda: places[0], serving_config().serving, "abc")
+    places.pop(0)
+    server.faults = [fault("UNAVAILABLE"), fault("INTERNAL", "Stub process is not healthy")]
+    assert moved.score([[1, 2], [3]]) == [3.0, 3.0]
+    assert server.connected_to == ["127.0.0.1:1/rm", "127.0.0.1:2/rm", "127.0.0.1:2/rm"]
+    moved.close()
+
+
+def test_other_errors_fail_at_once_with_one_line(server: FakeServer) -> None:
+    server.faults = []
+    asked = scorer()
+    server.faults = [fault("INTERNAL", "scoring failed:\n out of memory")]
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:1/rm: the reward server refused: INTERNAL: scoring failed: out"):
+        asked.score([[1]])
+    assert asked.score([[2]]) == [2.0]
+    asked.close()
+
+
+def test_patience_ends(server: FakeServer) -> None:
+    asked = scorer(retry_timeout_s=0.05)
+    server.faults = [fault("UNAVAILABLE", "Socket closed")] * 100
+    with pytest.raises(UserError, match=r"no reward server answers there since .* \(UNAVAILABLE: Socket closed\)"):
+        asked.score([[1]])
+    asked.close()
+
+
+def test_another_reward_model_is_refused(server: FakeServer) -> None:
+    assert scorer("abc").identity == "abc"
+    with pytest.raises(UserError, match="serves another reward model"):
+        scorer("def")
+    server.identity = None
+    with pytest.raises(UserError, match=r"another reward model \(without an identity\)"):
+        scorer("def")
+    assert scorer(None).identity is None
+
+
+class Reply:
+    def __init__(self, array: Any) -> None:
+        self._array = array
+
+    def as_numpy(self, name: str) -> Any:
+        assert name == "rewards"
+        return self._array
+
+
+def test_replies_that_are_not_one_finite_reward_each_are_errors() -> None:
+    import numpy as np
+
+    good = np.array([[0.5], [-1.0]], dtype=np.float32)
+    assert wire.read_rewards(Reply(good), 2) == [0.5, -1.0]
+    for bad in (None, good[:1], good.astype(np.float64), np.zeros((0,), np.float32)):
+        with pytest.raises(UserError, match="the reward server replied"):
+            wire.read_rewards(Reply(bad), 2)
+    for value in (math.nan, math.inf):
+        with pytest.raises(UserError, match="the reward of sequence 1 is"):
+            wire.read_rewards(Reply(np.array([0.0, value], dtype=np.float32)), 2)
+
+
+def test_requests_are_padded_int32() -> None:
+    ids, lengths = wire.request_inputs([[5, 6, 7], [8]])
+    assert (ids.name(), ids.shape(), ids.datatype()) == ("input_ids", [2, 3], "INT32")
+    assert (lengths.name(), lengths.shape(), lengths.datatype()) == ("lengths", [2, 1], "INT32")
+
+
+def test_closing_fails_what_is_under_way(server: FakeServer) -> None:
+    asked = scorer(retry_timeout_s=60)
+    server.faults = [fault("UNAVAILABLE")] * 10_000
+    future = asked.submit([[1]])
+    time.sleep(0.05)
+    asked.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        future.result(5)
+    with pytest.raises(RuntimeError, match="closed"):
+        asked.submit([[1]])
+
+
+def test_a_dead_host_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_CONNECT_S", 0.2)
+    with pytest.raises(UserError, match=r"^127\.0\.0\.1:9/rm: no reward server answers .*check TRITON_HOST") as error:
+        connect_scorer(RunDir(tmp_path), serving_config(), {"TRITON_HOST": "127.0.0.1:9/rm"})
+    assert "\n" not in str(error.value)
+
+
+def test_without_a_server_rewards_are_computed_here(tmp_path: Path) -> None:
+    source, config = save_reward_model(tmp_path / "rm"), serving_config(max_batch_tokens=64)
+    run, manifest = converted_run(tmp_path / "run", source, config)
+    local = connect_scorer(run, config, {}, device="cpu")
+    assert isinstance(local, LocalScorer)
+    assert local.identity == manifest.identity
+    sequences = [answer.tokens for answer in manifest.known_answers]
+    expected = RewardModel(source, max_batch_tokens=64, max_batch_size=16).score(sequences)
+    assert local.score(sequences) == expected
+    local.close()
+
+
+def test_a_published_server_is_used_while_it_shows_life(server: FakeServer, tmp_path: Path) -> None:
+    source, config = save_reward_model(tmp_path / "rm"), serving_config()
+    run, manifest = converted_run(tmp_path / "run", source, config)
+    server.identity = manifest.identity
+    now = time.time()
+    alive = endpoint.Endpoint(
+        "127.0.0.1:5/reward-model", "reward-model", "1", manifest.identity, "1", "h", 1, 0, now, now
+    )
+    endpoint.publish(run, alive)
+    found = connect_scorer(run, config, {})
+    assert isinstance(found, TritonScorer)
+    assert server.connected_to == ["127.0.0.1:5/reward-model"]
+    found.close()
+    endpoint.publish(run, replace(alive, heartbeat=now - 3600))
+    late = connect_scorer(run, config, {}, device="cpu")
+    assert isinstance(late, LocalScorer)
+    late.close()

@@ -1,0 +1,129 @@
+"""The sandbox cache and what goes into the server's environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import procs
+from pipeline.config.load import check
+from pipeline.errors import UserError
+from pipeline.run import atomic
+from pipeline.serving import environment, sandbox
+
+
+def write_manifest(folder: Path) -> dict[str, Any]:
+    atomic.write_json(folder / "manifest.json", {"made": True})
+    return {"made": True}
+
+
+def always(_: Path) -> bool:
+    return True
+
+
+def test_an_entry_is_built_once(tmp_path: Path) -> None:
+    built = [sandbox.cached(tmp_path, "server-1", write_manifest, always) for _ in range(2)]
+    assert built == [(tmp_path / "server-1", {"made": True}, True), (tmp_path / "server-1", {"made": True}, False)]
+    assert os.listdir(tmp_path) == ["server-1"]
+
+
+def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
+    def fail(folder: Path) -> dict[str, Any]:
+        (folder / "half").write_text("x")
+        raise UserError("no index")
+
+    with pytest.raises(UserError, match="no index"):
+        sandbox.cached(tmp_path, "server-1", fail, always)
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_builder_left_is_removed_and_not_trusted(tmp_path: Path) -> None:
+    dead = replace(procs.this_process(), start=1)  # our pid, but of a process that started at boot
+    (tmp_path / "server-1.lock").write_text(json.dumps({**asdict(dead), "purpose": "building", "since": 0.0}))
+    (tmp_path / "server-1.building").mkdir()
+    (tmp_path / "server-1.building" / "half").write_text("x")
+    (tmp_path / "server-1").mkdir()  # a folder without a manifest
+    folder, _, built = sandbox.cached(tmp_path, "server-1", write_manifest, always)
+    assert built
+    assert os.listdir(folder) == ["manifest.json"]
+    assert os.listdir(tmp_path) == ["server-1"]
+
+
+def test_a_second_builder_waits_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = tmp_path / "server-1.lock"
+    atomic.write_json(lock, {**asdict(procs.this_process()), "purpose": "building", "since": 0.0})
+
+    def first_builder_finishes(_: float) -> None:
+        write_manifest(tmp_path / "server-1")
+        lock.unlink()
+
+    monkeypatch.setattr(sandbox.time, "sleep", first_builder_finishes)
+    _, _, built = sandbox.cached(tmp_path, "server-1", write_manifest, always)
+    assert not built
+
+
+def test_an_environment_whose_python_is_gone_is_built_again(tmp_path: Path) -> None:
+    sandbox.cached(tmp_path, "server-1", write_manifest, always)
+    _, _, built = sandbox.cached(tmp_path, "server-1", write_manifest, lambda folder: (folder / "bin").exists())
+    assert built
+
+
+def test_the_server_gets_our_torch_and_transformers_and_an_old_numpy() -> None:
+    from importlib.metadata import version
+
+    pins = environment.requirements()
+    assert f"torch=={version('torch')}" in pins
+    assert f"transformers=={version('transformers')}" in pins
+    assert f"tokenizers=={version('tokenizers')}" in pins
+    assert "numpy==1.26.4" in pins
+    assert "nvidia-pytriton==0.7.0" in pins
+    assert all(pin.count("==") == 1 for pin in pins)
+    assert len({pin.split("==")[0] for pin in pins}) == len(pins)
+
+
+def test_the_key_changes_with_any_pin() -> None:
+    assert environment.environment_key(["a==1"]) == environment.environment_key(["a==1"])
+    assert environment.environment_key(["a==1"]) != environment.environment_key(["a==2"])
+
+
+def test_a_missing_libpython_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_file", lambda _: False)
+    minor = f"{sys.version_info.major}.{sys.version_info.minor}"
+    with pytest.raises(UserError, match=rf"libpython{minor}\.so\.1\.0 not found .* Debian package libpython{minor}"):
+        environment.libpython_folder()
+
+
+def test_a_failing_step_is_one_line_with_the_error_and_the_log(tmp_path: Path) -> None:
+    script = "print('Collecting'); print('ERROR: No matching distribution found for torch==9'); raise SystemExit(1)"
+    with pytest.raises(UserError, match=r"No matching distribution found for torch==9; set an index \(log: .*log\)$"):
+        environment.run_step([sys.executable, "-c", script], os.environ, tmp_path / "log", "set an index")
+    assert "Collecting" in (tmp_path / "log").read_text()
+
+
+def test_engine_none_has_no_sandbox(tmp_path: Path) -> None:
+    config = check({"sandbox": {"engine": "none", "cache_dir": str(tmp_path)}})
+    with pytest.raises(UserError, match=r'sandbox\.engine: "none" starts no server'):
+        sandbox.prepare(config, tmp_path / "log", lambda _: None)
+
+
+def test_a_sandbox_that_is_gone_says_how_to_get_it_back(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--force --stage sandbox"):
+        sandbox.open_sandbox({"engine": "venv", "path": str(tmp_path / "gone")})
+
+
+def test_the_cache_is_where_the_configuration_or_the_desktop_standard_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert sandbox.cache_dir(check({})) == Path("/cache/hh-pipeline")
+    assert sandbox.cache_dir(check({"sandbox": {"cache_dir": "/big/cache"}})) == Path("/big/cache")
+
+
+def test_the_sandbox_command_imports_no_torch() -> None:
+    script = "import sys, pipeline.serving.sandbox; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    status, text = procs.capture([sys.executable, "-c", script])
+    assert (status, text) == (0, "")

@@ -1,0 +1,104 @@
+"""States are worked out from what is known, and what is not known is not made up."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline import cancel, logs, procs
+from pipeline.errors import UserError
+from pipeline.run import atomic
+from pipeline.run.directory import RunDir
+from pipeline.scheduler import submission as submissions
+from pipeline.scheduler.state import resolve, set_state
+from pipeline.scheduler.submission import Job, Submission
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    atomic.write_text(tmp_path / "config.yaml", "preset: demo\n")
+    return RunDir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submissions, "_asked", {})
+
+
+def fake_slurm(monkeypatch: pytest.MonkeyPatch, folder: Path, **commands: str) -> Path:
+    """Put shell scripts in front on PATH; each also notes how it was called."""
+    for name, body in commands.items():
+        script = folder / name
+        script.write_text(f'#!/bin/sh\necho "{name} $*" >> {folder}/calls\n{body}\n')
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder / "calls"
+
+
+def local(process: procs.ProcessId) -> Submission:
+    return Submission("s1", "local", (Job(("sft",), job_id="7", process=process),))
+
+
+DEAD = procs.ProcessId(os.uname().nodename, 1, 1, "an earlier boot")
+
+
+def test_a_job_that_is_gone_without_a_word_has_failed(run: RunDir) -> None:
+    set_state(run, "sft", "s1", "running", attempt=1)
+    state = resolve(run, local(DEAD), "sft")
+    assert (state.state, state.attempt) == ("failed", 1)
+    assert state.reason == "died (job 7): it was killed or lost its node"
+    assert resolve(run, local(procs.this_process()), "sft").state == "running"
+
+
+def test_what_a_stage_said_of_its_end_stands(run: RunDir) -> None:
+    set_state(run, "sft", "s1", "done", "loss 1.0", attempt=1)
+    assert resolve(run, local(DEAD), "sft").state == "done"
+
+
+def test_a_state_of_an_earlier_submission_says_nothing_of_this_one(run: RunDir) -> None:
+    set_state(run, "sft", "s0", "done")
+    assert resolve(run, local(procs.this_process()), "sft").state == "pending"
+
+
+def test_when_slurm_does_not_answer_nothing_is_made_up(run, tmp_path, monkeypatch) -> None:
+    calls = fake_slurm(
+        monkeypatch,
+        tmp_path,
+        squeue="echo 'slurm_load_jobs error: Unable to contact slurm controller'; exit 1",
+        scancel="",
+    )
+    submission = Submission("s1", "slurm", (Job(("sft",), job_id="7"), Job(("train",), ("sft",), job_id="8")))
+    submissions.write(run, submission)
+    set_state(run, "sft", "s1", "running", attempt=1)
+    assert resolve(run, submission, "sft").state == "running"
+    assert submissions.busy(run) == submission  # nothing is submitted beside it
+    assert cancel.cancel(run, grace_s=0) == ["sft", "train"]
+    assert "scancel 7 8" in calls.read_text()
+
+
+def test_slurm_is_asked_once_for_all_jobs_and_then_left_alone(run, tmp_path, monkeypatch) -> None:
+    calls = fake_slurm(monkeypatch, tmp_path, squeue="echo 8")
+    submission = Submission("s1", "slurm", (Job(("sft",), job_id="7"), Job(("train",), ("sft",), job_id="8")))
+    for _ in range(20):
+        assert resolve(run, submission, "sft").state == "failed"  # not in the queue, and never said how it ended
+        assert resolve(run, submission, "train").state == "pending"
+    assert calls.read_text().splitlines() == ["squeue --noheader --format=%i --jobs=7,8"]
+
+
+def test_jobs_that_slurm_has_forgotten_are_over(run, tmp_path, monkeypatch) -> None:
+    fake_slurm(monkeypatch, tmp_path, squeue="echo 'slurm_load_jobs error: Invalid job id specified'; exit 1")
+    assert submissions.slurm_jobs(["7", "8"]) == set()
+
+
+def test_jobs_on_another_host_are_cancelled_there_and_nothing_is_killed_here(run: RunDir) -> None:
+    submissions.write(run, local(procs.ProcessId("another-host", os.getppid(), 1, "boot")))
+    with pytest.raises(UserError, match=r"its jobs are processes of another-host; run pipeline.cancel there"):
+        cancel.cancel(run, grace_s=0)
+
+
+def test_following_a_log_ends_when_its_job_is_gone(run: RunDir) -> None:
+    submissions.write(run, local(DEAD))
+    set_state(run, "sft", "s1", "running", attempt=1)
+    assert logs.has_ended(run, "sft")
