@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import pytest
 from helpers_serving import serving_config
 from tritonclient.utils import InferenceServerException
 
+from pipeline import procs
 from pipeline.errors import UserError
 from pipeline.run import endpoint
 from pipeline.run.directory import RunDir
 from pipeline.serving import supervisor, wire
 from pipeline.serving.model_store import KnownAnswer, Manifest
-from pipeline.serving.server import free_port, make_spec, sweep_shared_memory
+from pipeline.serving.server import free_port, make_spec, region_prefix, sweep_shared_memory
 from pipeline.serving.supervisor import Supervisor
 
 MANIFEST = Manifest(
@@ -227,12 +229,17 @@ def test_the_socket_is_in_a_folder_that_only_we_can_enter(tmp_path: Path, monkey
     folder.rmdir()
 
 
-def test_only_old_or_own_regions_that_nobody_maps_are_swept(tmp_path: Path) -> None:
+def test_only_own_regions_and_those_of_dead_supervisors_are_swept(tmp_path: Path) -> None:
     import mmap
 
-    for name in ("triton_own_1", "triton_old_1", "triton_new_1", "triton_own_mapped", "else"):
+    here = procs.this_process()
+    alive, own = region_prefix(here), region_prefix(here)
+    reused = region_prefix(replace(here, start=here.start + 1))  # the pid now belongs to another process
+    gone = region_prefix(replace(here, pid=2**22 + 1))  # above the kernel's largest pid
+    elsewhere = gone.replace(gone.split("_")[2], "1")  # of a container whose processes cannot be seen
+    kept = [f"{own}mapped", f"{alive}1", f"{elsewhere}1", "triton_python_backend_shm_region_1", "else"]
+    for name in (*kept, f"{own}1", f"{reused}1", f"{gone}1"):
         (tmp_path / name).write_bytes(b"x" * 4096)
-    os.utime(tmp_path / "triton_old_1", (1, 1))
-    with (tmp_path / "triton_own_mapped").open("r+b") as file, mmap.mmap(file.fileno(), 4096):
-        assert sweep_shared_memory("triton_own_", tmp_path) == ["triton_old_1", "triton_own_1"]
-    assert sorted(os.listdir(tmp_path)) == ["else", "triton_new_1", "triton_own_mapped"]
+    with (tmp_path / f"{own}mapped").open("r+b") as file, mmap.mmap(file.fileno(), 4096):
+        assert sweep_shared_memory(own, tmp_path) == sorted([f"{own}1", f"{reused}1", f"{gone}1"])
+    assert sorted(os.listdir(tmp_path)) == sorted(kept)

@@ -303,4 +303,4 @@ def test_a_killed_server_left_no_region_behind(service: Service, merging: Servic
         published = endpoint.read(running.run)
         assert published is not None
         mapped |= regions_of(published.pid)
-    assert {path.name for path in Path("/dev/shm").glob(f"triton_hh_{os.getpid()}_*")} == mapped
+    assert {path.name for path in Path("/dev/shm").glob(f"triton_hh_*_{os.getpid()}_*")} == mapped

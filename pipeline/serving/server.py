@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -28,6 +29,7 @@ SOCKET_PORT = 8001
 
 _SOCKET_PATH_LIMIT = 107  # bytes in sockaddr_un, less the final zero
 _SHARED_MEMORY = Path("/dev/shm")
+_REGION = re.compile(r"triton_hh_(?P<namespace>\d+)_(?P<pid>\d+)_(?P<start>\d+)_")
 _PROBE_S = 2.0
 
 logger = logging.getLogger(__name__)
@@ -42,8 +44,7 @@ def make_spec(serving: Serving, store: Path, devices: Sequence[str]) -> ServerSp
         address, port = f"unix:{_socket_folder() / 'rm.sock'}", serving.grpc_port or SOCKET_PORT
     else:
         address, port = "127.0.0.1", free_port(serving.grpc_port)
-    prefix = f"triton_hh_{os.getpid()}_{uuid.uuid4().hex[:8]}_"
-    return ServerSpec(store, address, port, tuple(devices), shm_prefix=prefix)
+    return ServerSpec(store, address, port, tuple(devices), shm_prefix=region_prefix(procs.this_process()))
 
 
 def free_port(wanted: int = 0) -> int:
@@ -205,18 +206,22 @@ def _is_error(line: str) -> bool:
     return " E " in line[:40] or line.lower().startswith("error")
 
 
-def sweep_shared_memory(prefix: str, folder: Path = _SHARED_MEMORY, foreign_age_s: float = 60.0) -> list[str]:
-    """Remove Triton's regions that killed servers left in /dev/shm; returns their names.
+def region_prefix(owner: procs.ProcessId) -> str:
+    """How the regions of a server are named whose supervisor is `owner`: they can be recognised after its death."""
+    return f"triton_hh_{_pid_namespace()}_{owner.pid}_{owner.start}_{uuid.uuid4().hex[:8]}_"
 
-    Only this user's, and only what no process maps: those named by `prefix`, and any other "triton_*" region that is
-    older than `foreign_age_s` (a younger one may belong to a server that has created but not yet mapped it).
+
+def sweep_shared_memory(prefix: str, folder: Path = _SHARED_MEMORY) -> list[str]:
+    """Remove the regions that our killed servers left in /dev/shm; returns their names.
+
+    Only this user's, and only what no process maps: those named by `prefix`, and those whose supervisor is dead. A
+    living supervisor's are left alone, since its server may have created but not yet mapped them; so are those of
+    another container, whose processes cannot be seen from here, and those of other people's Tritons.
     """
     doomed = {}
-    for path in folder.glob("triton_*"):
+    for path in folder.glob("triton_hh_*"):
         with contextlib.suppress(FileNotFoundError):
-            stat = path.stat()
-            old = path.name.startswith(prefix) or time.time() - stat.st_mtime > foreign_age_s
-            if old and stat.st_uid == os.getuid():
+            if path.stat().st_uid == os.getuid() and (path.name.startswith(prefix) or _orphaned(path.name)):
                 doomed[path.name] = path
     if not doomed:
         return []
@@ -228,3 +233,17 @@ def sweep_shared_memory(prefix: str, folder: Path = _SHARED_MEMORY, foreign_age_
     for path in doomed.values():
         path.unlink(missing_ok=True)
     return sorted(doomed)
+
+
+def _orphaned(name: str) -> bool:
+    """Whether a region bears the name of a supervisor of this container that has ended."""
+    match = _REGION.match(name)
+    if match is None or match["namespace"] != _pid_namespace():
+        return False
+    owner = procs.process_of(int(match["pid"]))
+    return owner is None or owner.start != int(match["start"]) or not owner.alive()
+
+
+def _pid_namespace() -> str:
+    """Identifies the set of processes that this one can see."""
+    return str(os.stat("/proc/self/ns/pid").st_ino)
