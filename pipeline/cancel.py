@@ -14,6 +14,7 @@ from pipeline.errors import UserError, run_command
 from pipeline.run import endpoint
 from pipeline.run.directory import RunDir
 from pipeline.run.lock import lock
+from pipeline.scheduler import slurm
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.state import resolve, set_state
 from pipeline.scheduler.submission import Submission
@@ -36,9 +37,10 @@ def _cancel(run: RunDir, submission: Submission, grace_s: float) -> list[str]:
     ]
     if submission.executor == "slurm":
         ids = [job.job_id for job in submissions.live_jobs(submission) if job.job_id]
-        status, text = procs.capture(["scancel", *ids]) if ids else (0, "")
-        if status != 0:
-            raise UserError(f"scancel {' '.join(ids)}: {' '.join(text.split())}; run it again")
+        slurm.cancel(ids)
+        deadline = time.monotonic() + grace_s
+        while slurm.live_jobs(ids) and time.monotonic() < deadline:
+            time.sleep(0.5)
     else:
         _end_local(run, submission, grace_s)
     for stage in open_stages:

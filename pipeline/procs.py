@@ -59,6 +59,7 @@ def spawn(
 ) -> Child:
     """Start `argv` in a session of its own; it is killed when this process's main thread dies.
 
+    USR1 and USR2 do not end it: on some sites Slurm's warning before a time limit reaches every process of a job.
     Call it from the main thread: the parent-death signal follows the thread, not the process.
     """
     parent = os.getpid()
@@ -66,6 +67,8 @@ def spawn(
 
     def bind_to_parent() -> None:
         die_with_parent(parent)
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
 
     try:
         return subprocess.Popen(
@@ -76,7 +79,7 @@ def spawn(
             stdout=output,
             stderr=subprocess.STDOUT if output is not None else None,
             start_new_session=True,
-            # Safe beside threads: it only calls prctl and getppid, and allocates nothing that needs a lock.
+            # Safe beside threads: it only calls prctl, getppid and sigaction, and allocates nothing that needs a lock.
             preexec_fn=bind_to_parent,  # noqa: PLW1509
         )
     except FileNotFoundError:

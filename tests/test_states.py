@@ -11,6 +11,7 @@ from pipeline import cancel, logs, procs
 from pipeline.errors import UserError
 from pipeline.run import atomic
 from pipeline.run.directory import RunDir
+from pipeline.scheduler import slurm
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.state import resolve, set_state
 from pipeline.scheduler.submission import Job, Submission
@@ -89,7 +90,7 @@ def test_slurm_is_asked_once_for_all_jobs_and_then_left_alone(run, tmp_path, mon
 
 def test_jobs_that_slurm_has_forgotten_are_over(run, tmp_path, monkeypatch) -> None:
     fake_slurm(monkeypatch, tmp_path, squeue="echo 'slurm_load_jobs error: Invalid job id specified'; exit 1")
-    assert submissions.slurm_jobs(["7", "8"]) == set()
+    assert slurm.live_jobs(["7", "8"]) == set()
 
 
 def test_jobs_on_another_host_are_cancelled_there_and_nothing_is_killed_here(run: RunDir) -> None:

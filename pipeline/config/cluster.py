@@ -45,6 +45,22 @@ class Cluster(Section):
     """Features that the nodes must have (sbatch --constraint)."""
     setup: tuple[Text, ...] = ()
     """Shell lines before each job's work (module load ...)."""
+    reservation: str | None = Field(None, min_length=1)
+    """Slurm reservation (sbatch --reservation)."""
+    gpu_request: Literal["gpus-per-node", "gres", "gpus"] = "gpus-per-node"
+    """The one way to ask for GPUs that the site accepts: --gpus-per-node=8, --gres=gpu:8 or --gpus=8."""
+    gpu_type: str | None = Field(None, min_length=1)
+    """The GPUs' type, as in a100 (--gres=gpu:a100:8); None takes any."""
+    memory_request: Literal["mem", "mem-per-cpu", "none"] = "mem"
+    """How memory is asked for: each node's, the same divided by its CPUs, or not at all."""
+    requeue: bool = True
+    """Whether a training that is preempted, or nears its time limit, saves, is queued again and goes on later."""
+    grace_s: int = Field(120, ge=10)
+    """Seconds before the time limit at which the training is told to save (sbatch --signal)."""
+    srun_args: tuple[Text, ...] = ("--cpu-bind=none",)
+    """Options of the srun that starts a job's work."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Variables that every job sets before its work, such as NCCL_SOCKET_IFNAME or HTTPS_PROXY."""
     extra: dict[str, str | int | bool] = Field(default_factory=dict)
     """Further sbatch options, by their long names."""
     default: Resources = Resources()

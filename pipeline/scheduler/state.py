@@ -8,7 +8,8 @@ from typing import Any
 
 from pipeline.run import atomic, events
 from pipeline.run.directory import RunDir
-from pipeline.scheduler.submission import Submission, job_alive
+from pipeline.scheduler import slurm
+from pipeline.scheduler.submission import Job, Submission, job_alive
 
 ENDED = ("done", "skipped", "failed", "cancelled", "stopped")
 
@@ -60,5 +61,15 @@ def resolve(run: RunDir, submission: Submission, stage: str) -> State:
         return recorded
     if job.job_id is None and time.time() - submission.time < 20:
         return recorded  # still being submitted
-    what = "was never submitted" if job.job_id is None else f"died (job {job.job_id}): it was killed or lost its node"
+    for parent in job.waits_for if recorded.state in ("pending", "waiting") else ():
+        before = resolve(run, submission, parent)  # Slurm ends what waits for a job that failed
+        if before.ended and not before.good:
+            return State(submission.id, "cancelled", f"{parent} {before.state}", recorded.attempt, recorded.time)
+    what = "was never submitted" if job.job_id is None else f"died (job {job.job_id}): {_cause(submission, job)}"
     return State(submission.id, "failed", what, recorded.attempt, recorded.time)
+
+
+def _cause(submission: Submission, job: Job) -> str:
+    """Why a job ended without a word of its own."""
+    said = slurm.describe_end(job.job_id) if submission.executor == "slurm" and job.job_id else None
+    return said or "it was killed or lost its node"

@@ -6,13 +6,13 @@ Plain files only: reading a run's state needs neither submitit nor the configura
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipeline import procs
 from pipeline.run import atomic
 from pipeline.run.directory import RunDir
+from pipeline.scheduler import slurm
 
 SLURM_S = 10.0
 """Seconds between questions to Slurm's controller, which a whole cluster asks."""
@@ -111,26 +111,12 @@ def live_jobs(submission: Submission | None) -> list[Job]:
     return [job for job in submission.jobs if job.job_id in known]
 
 
-def slurm_jobs(job_ids: Sequence[str]) -> set[str]:
-    """Those of the jobs that Slurm holds in its queue (pending, running, requeued, completing).
-
-    When Slurm does not answer, nothing is known: all of them count as living, so that no state is made up, nothing is
-    submitted a second time, and a cancellation still reaches them.
-    """
-    if not job_ids:
-        return set()
-    status, text = procs.capture(["squeue", "--noheader", "--format=%i", f"--jobs={','.join(job_ids)}"])
-    if status == 0:
-        return set(text.split()) & set(job_ids)
-    return set() if "Invalid job id" in text else set(job_ids)  # it has forgotten every one of them: they are over
-
-
 def _slurm_jobs(submission: Submission) -> set[str]:
     """The submission's jobs in the queue; asked for all at once, and not more often than every SLURM_S seconds."""
     ids = tuple(job.job_id for job in submission.jobs if job.job_id)
     known = _asked.get(ids)
     if known is None or time.monotonic() - known[0] > SLURM_S:
-        known = _asked[ids] = (time.monotonic(), slurm_jobs(ids))
+        known = _asked[ids] = (time.monotonic(), slurm.live_jobs(ids))
     return known[1]
 
 

@@ -12,6 +12,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import tritonclient.grpc as triton
@@ -83,6 +84,7 @@ class TritonServer:
         self._process: procs.Child | None = None
         self._client: triton.InferenceServerClient | None = None
         self._log_start = 0
+        self._link_folder: Path | None = None
 
     @property
     def triton_host(self) -> str:
@@ -105,7 +107,8 @@ class TritonServer:
             self._socket().unlink(missing_ok=True)  # of a server that was killed
         else:
             free_port(self.spec.grpc_port)
-        argv, env = self.engine.server_argv(self.spec), self.engine.server_env(self.spec, self._env)
+        spec = self._plain_spec()
+        argv, env = self.engine.server_argv(spec), self.engine.server_env(spec, self._env)
         with self.log_path.open("ab") as log:
             self._log_start = log.tell()
             self._process = procs.spawn(argv, env=env, output=log)
@@ -172,6 +175,9 @@ class TritonServer:
         sweep_shared_memory(self.spec.shm_prefix)
         if self.spec.socket_folder is not None:
             self._socket().unlink(missing_ok=True)
+        if self._link_folder is not None:
+            shutil.rmtree(self._link_folder, ignore_errors=True)
+            self._link_folder = None
         return status
 
     def remove_socket_folder(self) -> None:
@@ -188,6 +194,15 @@ class TritonServer:
             if errors or lines:
                 return (errors or lines)[-1]
         return "it wrote nothing"
+
+    def _plain_spec(self) -> ServerSpec:
+        """The spec with a store's path that a shell takes as one word: Triton starts its Python stub through one."""
+        if re.fullmatch(r"[\w./+-]+", str(self.spec.model_repository)):
+            return self.spec
+        self._link_folder = Path(tempfile.mkdtemp(prefix="hh-triton-", dir="/tmp"))
+        link = self._link_folder / "model_store"
+        link.symlink_to(self.spec.model_repository)
+        return replace(self.spec, model_repository=link)
 
     def _socket(self) -> Path:
         return Path(self.address.url.removeprefix("unix:"))

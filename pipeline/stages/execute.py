@@ -126,7 +126,7 @@ def _run_child(run: Path, argv: list[str], env: dict[str, str], log_path: Path, 
 
 def _environment(stage: Stage, job: Work, more: dict[str, str]) -> dict[str, str]:
     env = {**os.environ, procs.ATTEMPT_MARK: str(job.out.parent)}
-    env |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env |= {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "TOKENIZERS_PARALLELISM": "false"}
     env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     if job.devices:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(job.devices)

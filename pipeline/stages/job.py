@@ -15,8 +15,9 @@ from types import FrameType
 from pipeline import procs
 from pipeline.config.load import read_config
 from pipeline.errors import UserError
-from pipeline.run import hashing
+from pipeline.run import atomic, hashing
 from pipeline.run.directory import RunDir
+from pipeline.scheduler import slurm
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.state import recorded_state, resolve, set_state
 from pipeline.scheduler.submission import Job, Submission
@@ -32,6 +33,10 @@ VISIBLE_DEVICES = "HH_PIPELINE_VISIBLE_DEVICES"
 """Carries the submitter's CUDA_VISIBLE_DEVICES past submitit's local executor, which overwrites it."""
 
 
+REQUEUED = "requeued"
+"""Text of a STOP flag that a job wrote for itself, because Slurm is about to end it."""
+
+
 class Terminated(BaseException):
     """The job was asked to end (SIGTERM)."""
 
@@ -45,6 +50,10 @@ def run_job(run_dir: str, stages: str, submission_id: str) -> str:
         procs.die_with_parent(int(os.environ["SUBMITIT_LOCAL_JOB_ID"]))  # the controller, whose child this is
         _restore_devices()
     signal.signal(signal.SIGTERM, _terminate)
+    if slurm.job_id() is not None:
+        _forget_request(run)
+        # In place of submitit's handler, which asks Slurm to end the job before the training has saved.
+        signal.signal(signal.SIGUSR2, lambda signum, frame: _ask_to_save(run, names))
     os.environ[procs.RUN_MARK] = str(run.root)
     os.environ[procs.STAGE_MARK] = stages
     try:
@@ -57,12 +66,18 @@ def run_job(run_dir: str, stages: str, submission_id: str) -> str:
         procs.end_marked(run.root, (procs.STAGE_MARK, stages), grace_s=0.0)
         _run_stages(run, submission, names)
     except Terminated:
+        if "train" in names and slurm.ended_by_scheduler():  # preempted by TERM, without a warning before
+            _requeue(run, submission_id, names)
+            raise
         for name in names:
             recorded = recorded_state(run, name)
             if recorded is None or recorded.submission != submission_id or not recorded.ended:
                 set_state(run, name, submission_id, "cancelled", "the job was asked to end")
         raise
     except StageStopped as stopped:
+        if _requested(run):
+            _requeue(run, submission_id, names)
+            raise
         set_state(run, names[-1], submission_id, "stopped", str(stopped), stopped.attempt)
         raise
     except StageFailed as failure:
@@ -106,6 +121,35 @@ def _serve_and_train(run: RunDir, submission: Submission) -> None:
         set_state(run, "train", submission.id, "skipped", _kept(run, "train", planned.reason))
         return
     serve_train(context, submission.id, "forced" if forced else planned.reason, forced)
+
+
+def _ask_to_save(run: RunDir, names: tuple[str, ...]) -> None:
+    """On Slurm's warning: a training saves at its next step and stops; other work has nothing to save and goes on."""
+    if "train" in names and read_config(run.root).cluster.requeue and not run.stop_flag.exists():
+        atomic.write_text(run.stop_flag, REQUEUED)
+
+
+def _requested(run: RunDir) -> bool:
+    """Whether the STOP flag is the job's own, and not a person's."""
+    return run.stop_flag.exists() and run.stop_flag.read_text() == REQUEUED
+
+
+def _forget_request(run: RunDir) -> None:
+    """Remove the job's own STOP flag: it has been obeyed, or came too late."""
+    if _requested(run):
+        run.stop_flag.unlink()
+
+
+def _requeue(run: RunDir, submission: str, names: tuple[str, ...]) -> None:
+    """Put the job back into the queue; its dependents keep waiting for it."""
+    _forget_request(run)
+    if not read_config(run.root).cluster.requeue:
+        for name in names:
+            set_state(run, name, submission, "stopped", "it saved its state before Slurm ended it; submit again")
+        return
+    for name in names:
+        set_state(run, name, submission, "pending", "it saved its state and waits in the queue again")
+    slurm.requeue()
 
 
 def _kept(run: RunDir, stage: str, reason: str) -> str:

@@ -1,4 +1,4 @@
-"""Asking the trainer to save and stop: SIGTERM, SIGUSR1 (Slurm's --signal), or the run's STOP flag."""
+"""Asking the trainer to save and stop: SIGTERM, SIGUSR1 or SIGUSR2 (Slurm's --signal), or the run's STOP flag."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class StopRequest:
     def __init__(self, flag: Path) -> None:
         self._flag = flag
         self._signalled = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, self._remember)
 
     def __bool__(self) -> bool:

@@ -1,0 +1,161 @@
+"""A private Slurm on this machine: two nodes of eight GPUs that are no GPUs, its own ports, no systemd, no accounting.
+
+Needs Debian's slurmctld, slurmd, slurm-client and munge. Everything lives in one folder and ends with `stop`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel")
+NODES = ("n1", "n2")
+GPUS = 8
+
+
+def missing_programs() -> list[str]:
+    """The programs that are not installed; without them there is no cluster."""
+    return [name for name in PROGRAMS if shutil.which(name, path=_search_path()) is None]
+
+
+@dataclass
+class MiniSlurm:
+    """Started by `start`; `environment` is what a user's shell on its login node has set."""
+
+    folder: Path
+    daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"SLURM_CONF": str(self.folder / "slurm.conf")}
+
+    def start(self) -> None:
+        """Start munged, the controller and a daemon for each node, and wait until both nodes are idle."""
+        _write_configuration(self.folder)
+        munge = self.folder / "munge"
+        self._daemon(
+            "munged", "--foreground", "--force", f"--key-file={munge / 'key'}", f"--socket={munge / 'socket'}",
+            f"--pid-file={munge / 'pid'}", f"--log-file={munge / 'log'}", f"--seed-file={munge / 'seed'}",
+        )  # fmt: skip
+        _wait((munge / "socket").exists, "munged", self.folder)
+        self._daemon("slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
+        for node in NODES:
+            self._daemon("slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf"))
+        _wait(
+            lambda: self.command("sinfo", "-h", "-N", "-p", "gpu", "-o", "%t").split() == ["idle"] * 2,
+            "nodes",
+            self.folder,
+        )
+
+    def stop(self) -> None:
+        """Cancel what runs and end the daemons."""
+        try:
+            self.command("scancel", "--user=" + str(os.getuid()))
+            _wait(lambda: not self.command("squeue", "-h").strip(), "jobs to end", self.folder)
+        finally:
+            for daemon in reversed(self.daemons):
+                daemon.terminate()
+            for daemon in self.daemons:
+                try:
+                    daemon.wait(10)
+                except subprocess.TimeoutExpired:
+                    daemon.kill()
+
+    def command(self, *argv: str) -> str:
+        """The output of one of Slurm's commands."""
+        done = subprocess.run(
+            argv, env={**os.environ, **self.environment}, capture_output=True, text=True, check=False, timeout=60
+        )
+        return done.stdout
+
+    def _daemon(self, *argv: str) -> None:
+        with (self.folder / f"{argv[0]}.out").open("ab") as log:
+            path = shutil.which(argv[0], path=_search_path())
+            assert path is not None
+            self.daemons.append(subprocess.Popen([path, *argv[1:]], stdout=log, stderr=log, start_new_session=True))
+
+
+def _write_configuration(folder: Path) -> None:
+    for name in ("munge", "state", "spool/n1", "spool/n2", "gpu"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "munge").chmod(0o700)
+    key = folder / "munge" / "key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o400)
+    for index in range(GPUS):  # each must be a character device with a name of its own
+        (folder / "gpu" / f"nvidia{index}").symlink_to("/dev/null")
+    host = socket.gethostname().split(".")[0]
+    user = Path("/proc/self").owner()
+    control, first, second = _free_ports(3)
+    (folder / "slurm.conf").write_text(
+        f"""
+ClusterName=mini
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={control}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SwitchType=switch/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+SchedulerParameters=bf_interval=1,sched_interval=1
+SlurmctldParameters=preempt_send_user_signal
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+JobRequeue=1
+KillWait=5
+MinJobAge=3600
+ReturnToService=2
+SlurmdParameters=config_overrides
+GresTypes=gpu
+NodeName=DEFAULT CPUs=64 RealMemory=512000 Gres=gpu:a100:{GPUS} State=UNKNOWN
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first}
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second}
+PartitionName=gpu Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=100 PreemptMode=OFF
+""".lstrip()
+    )
+    (folder / "gres.conf").write_text(
+        f"AutoDetect=off\nNodeName=n1,n2 Name=gpu Type=a100 File={folder}/gpu/nvidia[0-{GPUS - 1}]\n"
+    )
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def _search_path() -> str:
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+
+
+def _wait(condition: Callable[[], object], what: str, folder: Path, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"the private Slurm: waited {timeout_s:.0f} s for {what}; see {folder}"
+        time.sleep(0.1)
