@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -70,3 +71,17 @@ def test_a_command_whose_parent_is_gone_ends_before_it_loads_anything(module: st
     status, said = capture([sys.executable, "-m", module, "--help"], env={**os.environ, PARENT_MARK: "1"})
     assert (status, said) == (1, "")
     assert time.monotonic() - started < 2.0  # torch and transformers alone take longer to load
+
+
+def test_a_rank_that_ended_well_leaves_without_the_interpreters_end() -> None:
+    """What it printed is there; what runs at the interpreter's end, as torch's threads' destruction does, is not."""
+    script = (
+        "import atexit, os; from pipeline.training.report_once import run_rank\n"
+        "atexit.register(lambda: os.abort())\n"
+        "def main():\n    print('all is written')\n    return 75\n"
+        "run_rank(main)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "RANK": "1"}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (75, "all is written\n")

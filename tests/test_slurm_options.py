@@ -1,4 +1,4 @@
-"""What Slurm is asked for. Jobs on a real Slurm are not part of this file."""
+"""What Slurm is asked for. tests/cluster has the jobs on a real Slurm."""
 
 from __future__ import annotations
 
@@ -32,9 +32,30 @@ def test_a_stage_asks_for_its_own_resources_and_the_sites_options() -> None:
     assert options["kill-on-invalid-dep"] == "yes"
 
 
+def test_gpus_and_memory_are_asked_for_in_the_sites_way() -> None:
+    def options(**profile: object) -> dict[str, object]:
+        return slurm_options(Cluster.model_validate({**PROFILE, **profile}), Job(("train",)))
+
+    assert options(gpu_request="gres", gpu_type="a100")["gres"] == "gpu:a100:8"
+    assert options(gpu_request="gres")["gres"] == "gpu:8"
+    assert options(gpu_request="gpus")["gpus"] == "8"
+    assert options(gpu_type="h100")["gpus-per-node"] == "h100:8"
+    by_cpu = options(memory_request="mem-per-cpu")
+    assert ("mem" in by_cpu, by_cpu["mem-per-cpu"]) == (False, "6400M")  # 400 GiB over 64 CPUs
+    assert not {"mem", "mem-per-cpu"} & set(options(memory_request="none"))
+
+
+def test_a_job_is_warned_before_its_limit_and_may_be_queued_again() -> None:
+    options = slurm_options(Cluster.model_validate({**PROFILE, "extra": {}, "grace_s": 300}), Job(("train",)))
+    assert (options["signal"], options["requeue"]) == ("USR2@300", True)
+    options = slurm_options(Cluster.model_validate({**PROFILE, "extra": {}, "requeue": False}), Job(("train",)))
+    assert "requeue" not in options
+    assert options["no-requeue"] is True
+
+
 def test_server_and_training_get_what_the_larger_one_needs() -> None:
     options = slurm_options(Cluster.model_validate(PROFILE), Job(("serve", "train")))
-    assert (options["gpus-per-node"], options["mem"], options["time"]) == (8, "400G", 600)
+    assert (options["gpus-per-node"], options["mem"], options["time"]) == ("8", "400G", 600)
 
 
 def test_a_job_depends_on_the_live_jobs_of_what_it_needs() -> None:

@@ -103,3 +103,18 @@ def test_following_a_log_ends_when_its_job_is_gone(run: RunDir) -> None:
     submissions.write(run, local(DEAD))
     set_state(run, "sft", "s1", "running", attempt=1)
     assert logs.has_ended(run, "sft")
+
+
+def test_what_slurm_says_of_a_jobs_end_is_the_reason(run, tmp_path, monkeypatch) -> None:
+    fake_slurm(monkeypatch, tmp_path, squeue="exit 0", scontrol="echo JobId=91 JobName=hh-sft JobState=OUT_OF_MEMORY")
+    submission = Submission("s1", "slurm", (Job(("sft",), job_id="91"), Job(("train",), ("sft",), job_id="92")))
+    state = resolve(run, submission, "sft")
+    assert state.reason == "died (job 91): it ran out of memory; raise mem_gb for its stage in the cluster profile"
+    waiting = resolve(run, submission, "train")  # Slurm ended it, since what it waits for failed
+    assert (waiting.state, waiting.reason) == ("cancelled", "sft failed")
+
+
+def test_accounting_answers_where_the_controller_has_forgotten(run, tmp_path, monkeypatch) -> None:
+    fake_slurm(monkeypatch, tmp_path, squeue="exit 0", scontrol="exit 1", sacct="echo 'CANCELLED by 1000'")
+    submission = Submission("s1", "slurm", (Job(("sft",), job_id="93"),))
+    assert resolve(run, submission, "sft").reason == "died (job 93): it was cancelled by scancel"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pipeline import procs
 from pipeline.errors import UserError
@@ -60,19 +60,24 @@ def show(job: str) -> dict[str, str]:
     return {name: value for name, equals, value in fields if equals} if status == 0 else {}
 
 
-def ended_by_scheduler() -> bool:
-    """Whether the TERM that this job got is not a person's scancel: the job is preempted, and may be queued again."""
+def interrupted() -> bool:
+    """Whether the TERM that this job got is no end but an interruption: it is preempted, or queued again already."""
     job = job_id()
-    return job is not None and show(job).get("JobState") in ("RUNNING", "PREEMPTED")
+    if job is None:
+        return False
+    fields = show(job)
+    return _queued_again(fields) or fields.get("JobState") in ("RUNNING", "PREEMPTED")
 
 
 def requeue() -> None:
-    """Put this process's own job back into the queue; Slurm ends what is left of it."""
+    """Put this process's own job back into the queue, unless it is there; Slurm ends what is left of it."""
     job = job_id()
     assert job is not None
+    if _queued_again(show(job)):
+        return
     status, text = procs.capture(["scontrol", "requeue", job])
     if status != 0:
-        raise UserError(f"scontrol requeue {job}: {' '.join(text.split())}; the state is saved: submit again")
+        raise UserError(f"scontrol requeue {job}: {' '.join(text.split())}; submit again to go on")
 
 
 def cancel(job_ids: Sequence[str]) -> None:
@@ -80,6 +85,11 @@ def cancel(job_ids: Sequence[str]) -> None:
     status, text = procs.capture(["scancel", *job_ids]) if job_ids else (0, "")
     if status != 0:
         raise UserError(f"scancel {' '.join(job_ids)}: {' '.join(text.split())}; run it again")
+
+
+def _queued_again(fields: Mapping[str, str]) -> bool:
+    """Whether Slurm has counted a restart that this process is not part of."""
+    return int(fields.get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def _accounted(job: str) -> str:

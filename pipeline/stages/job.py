@@ -66,7 +66,7 @@ def run_job(run_dir: str, stages: str, submission_id: str) -> str:
         procs.end_marked(run.root, (procs.STAGE_MARK, stages), grace_s=0.0)
         _run_stages(run, submission, names)
     except Terminated:
-        if "train" in names and slurm.ended_by_scheduler():  # preempted by TERM, without a warning before
+        if slurm.interrupted():  # by TERM, without a warning before
             _requeue(run, submission_id, names)
             raise
         for name in names:
@@ -145,10 +145,10 @@ def _requeue(run: RunDir, submission: str, names: tuple[str, ...]) -> None:
     _forget_request(run)
     if not read_config(run.root).cluster.requeue:
         for name in names:
-            set_state(run, name, submission, "stopped", "it saved its state before Slurm ended it; submit again")
+            set_state(run, name, submission, "stopped", "Slurm ended the job; submit again to go on")
         return
     for name in names:
-        set_state(run, name, submission, "pending", "it saved its state and waits in the queue again")
+        set_state(run, name, submission, "pending", "interrupted by Slurm; it waits in the queue again")
     slurm.requeue()
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipeline.errors import UserError, run_command
+from pipeline.training.stop import EX_TEMPFAIL
 
 SAID = "HH_PIPELINE_SAID"
 """Environment variable with a folder that the ranks of one launch share: a file there for every line of error."""
@@ -50,6 +52,10 @@ def run_rank(main: Callable[[], int | None]) -> None:
     """`pipeline.errors.run_command` for a process that may be one of several ranks.
 
     A UserError is printed by the first rank that has it. One that only a single rank has is always printed.
+
+    A launched rank whose work has ended well leaves without the interpreter's own end: there the threads of torch's
+    process groups are now and then destroyed while they run ("terminate called without an active exception"), and a
+    training whose results are all written would count as failed.
     """
 
     def once() -> int | None:
@@ -60,4 +66,11 @@ def run_rank(main: Callable[[], int | None]) -> None:
                 raise
             return USER_ERROR
 
-    run_command(once)
+    try:
+        run_command(once)
+    except SystemExit as end:
+        if "RANK" in os.environ and end.code in (0, EX_TEMPFAIL):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code)
+        raise

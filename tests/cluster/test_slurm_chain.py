@@ -20,7 +20,9 @@ pytestmark = [
     pytest.mark.slurm,
     pytest.mark.triton,
     pytest.mark.chain,
-    pytest.mark.skipif(bool(missing_programs()), reason=f"not installed: {', '.join(missing_programs())}"),
+    pytest.mark.skipif(
+        bool(missing_programs()) and "CI" not in os.environ, reason=f"not installed: {', '.join(missing_programs())}"
+    ),
 ]
 
 SETTINGS = (
@@ -111,8 +113,9 @@ def test_a_rerun_submits_nothing(slurm: MiniSlurm, finished: Path) -> None:
     assert (done.status, "nothing to do" in done.out) == (0, True), done.err
 
 
-def test_a_preempted_training_goes_on_and_ends_in_the_same_weights(
-    slurm: MiniSlurm, finished: Path, tmp_path: Path
+@pytest.mark.parametrize("how", ["preempted by an urgent job", "requeued by hand"])
+def test_an_interrupted_training_goes_on_and_ends_in_the_same_weights(
+    slurm: MiniSlurm, finished: Path, tmp_path: Path, how: str
 ) -> None:
     run = until_training(finished, tmp_path / "run")
     profile = slurm.folder / "profile.yaml"
@@ -123,7 +126,11 @@ def test_a_preempted_training_goes_on_and_ends_in_the_same_weights(
     assert environment_of(server)["CUDA_VISIBLE_DEVICES"] == "7"
     assert {environment_of(pid)["CUDA_VISIBLE_DEVICES"] for pid in ranks} == {"0,1,2,3,4,5,6"}
     assert environment_of(server)["HH_SITE"] == "a value with 'quotes'"
-    slurm.command("sbatch", "--partition=urgent", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=sleep 2")
+    if how == "requeued by hand":  # TERM without a warning, and a kill soon after
+        slurm.command("scontrol", "requeue", slurm.command("squeue", "-h", "-o", "%i", "-n", "hh-serve+train").strip())
+    else:
+        urgent = ("--partition=urgent", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=sleep 2")
+        slurm.command("sbatch", *urgent)
     assert follower.wait(240) == 0
     assert policy_sha256(run) == policy_sha256(finished)
     attempts = sorted(path.name for path in (run / "stages" / "train" / "attempts").iterdir())
