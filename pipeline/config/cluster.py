@@ -23,7 +23,7 @@ class Resources(Section):
     gpus: int = Field(0, ge=0)
     """GPUs on each node; 0 asks for none."""
     nodes: int = Field(1, ge=1)
-    """Nodes of the job. The work runs on the first of them."""
+    """Nodes of the job. Only a training makes use of more than one."""
 
 
 class Cluster(Section):
@@ -33,8 +33,10 @@ class Cluster(Section):
     """What the profile is called, for people."""
     executor: Literal["local", "slurm"] = "local"
     """Jobs are child processes on this machine, or Slurm jobs."""
-    placement: Literal["colocated"] = "colocated"
-    """The server and the training in one job on one node."""
+    placement: Literal["colocated", "separate"] = "colocated"
+    """Server and training in one job, or the server in a job of its own on any node."""
+    servers: int = Field(1, ge=1, le=64)
+    """Reward servers of a training, where placement is separate; colocated, each of its nodes has one."""
     account: str | None = Field(None, min_length=1)
     """Slurm account that is charged (sbatch --account)."""
     partition: str | None = Field(None, min_length=1)
@@ -43,8 +45,12 @@ class Cluster(Section):
     """Slurm quality of service (sbatch --qos)."""
     constraint: str | None = Field(None, min_length=1)
     """Features that the nodes must have (sbatch --constraint)."""
+    exclude: tuple[Text, ...] = ()
+    """Nodes that jobs must avoid (sbatch --exclude)."""
+    modules: tuple[Text, ...] = ()
+    """Environment modules that each job loads (module load ...)."""
     setup: tuple[Text, ...] = ()
-    """Shell lines before each job's work (module load ...)."""
+    """Shell lines before each job's work, after its modules."""
     reservation: str | None = Field(None, min_length=1)
     """Slurm reservation (sbatch --reservation)."""
     gpu_request: Literal["gpus-per-node", "gres", "gpus"] = "gpus-per-node"
@@ -60,7 +66,27 @@ class Cluster(Section):
     srun_args: tuple[Text, ...] = ("--cpu-bind=none",)
     """Options of the srun that starts a job's work."""
     environment: dict[str, str] = Field(default_factory=dict)
-    """Variables that every job sets before its work, such as NCCL_SOCKET_IFNAME or HTTPS_PROXY."""
+    """Variables that every job sets before its work, such as NCCL_IB_HCA."""
+    interface: str | None = Field(None, pattern=r"^[\w.:-]+$")
+    """Network interface between nodes, as in ib0: for NCCL, gloo, the rendezvous and the server's address."""
+    proxy: str | None = Field(None, min_length=1)
+    """HTTP(S) proxy of the stages that need the internet, as in http://proxy:3128; no other stage sees it."""
+    engine: Literal["venv", "singularity", "apptainer", "docker"] | None = None
+    """The site's container engine: what `sandbox.engine: auto` means there."""
+    scratch: str | None = Field(None, min_length=1)
+    """Folder on a node's own disk for temporary files; the job expands $VARIABLES in it, as in $SLURM_TMPDIR."""
+    cache: str | None = Field(None, min_length=1)
+    """Folder that all nodes see, for models, data and images; default: the user's own cache folders."""
+    trainer_image: str | None = Field(None, min_length=1)
+    """A .sif file or sandbox folder (containers/trainer.def) in which the stages' work runs; None: no container."""
+    retries: int = Field(0, ge=0, le=10)
+    """How often a stage is submitted again that Slurm ended: out of memory or time, or for a failed node."""
+    retry_growth: float = Field(1.5, gt=1, le=4)
+    """Such a retry asks for so many times the memory, or the time, that did not suffice."""
+    max_time_min: int | None = Field(None, ge=1)
+    """The longest time limit that a retry may ask for; None: no bound."""
+    max_mem_gb: int | None = Field(None, ge=1)
+    """The most memory that a retry may ask for; None: no bound."""
     extra: dict[str, str | int | bool] = Field(default_factory=dict)
     """Further sbatch options, by their long names."""
     default: Resources = Resources()
