@@ -1,14 +1,16 @@
-"""--dry-run: the plan, each job, and every command line that would run. Writes nothing."""
+"""--dry-run: the plan, each job with its whole sbatch script, and every command line. Writes nothing."""
 
 from __future__ import annotations
 
 import shlex
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config.schema import Config
+from pipeline.run import snapshot
 from pipeline.run.directory import RunDir
-from pipeline.scheduler.executor import slurm_options
+from pipeline.scheduler import script
 from pipeline.scheduler.submit import group_jobs
 from pipeline.stages.base import Work
 from pipeline.stages.devices import split_devices, visible_devices
@@ -21,12 +23,13 @@ def show_plan(run: RunDir, config: Config, plan: Sequence[Planned]) -> None:
     print(f"plan for {run.root} (preset {config.preset}, cluster {config.cluster.name}):")
     for each in plan:
         print(f"  {each.stage:<13}{each.action:<7}{each.reason}")
+    code = snapshot.folder(run)
     for job in group_jobs(config, plan):
         waits = f", after {', '.join(job.waits_for)}" if job.waits_for else ""
-        print(f"\njob {job.name} ({config.cluster.executor}{waits})")
+        beside = f", beside {', '.join(job.beside)}" if job.beside else ""
+        print(f"\njob {job.name} ({config.cluster.executor}{waits}{beside})")
         if config.cluster.executor == "slurm":
-            for key, value in slurm_options(config.cluster, job).items():
-                print(f"  #SBATCH --{key}" + ("" if value is True else f"={value}"))
+            print(textwrap.indent(script.render(run, "<submission>", config.cluster, job, code), "    "))
         for stage in job.stages:
             print("  " + render_command(run, config, stage))
 

@@ -8,7 +8,8 @@ from helpers_jobs import command
 
 from pipeline.config import load
 from pipeline.config.cluster import Cluster
-from pipeline.scheduler.executor import _parents, slurm_options
+from pipeline.scheduler.executor import depends_on
+from pipeline.scheduler.options import slurm_options
 from pipeline.scheduler.submission import Job, Submission
 
 PROFILE = {
@@ -65,8 +66,8 @@ def test_a_job_depends_on_the_live_jobs_of_what_it_needs() -> None:
         Job(("serve", "train"), ("prefetch", "sft", "convert"), job_id=None),
     )
     submission = Submission("s", "slurm", jobs)
-    assert _parents(submission, jobs[2]) == ["11", "12"]  # sft is no part of it: done before
-    assert _parents(submission, jobs[0]) == []
+    assert depends_on(submission, jobs[2]) == "afterok:11:12"  # sft is no part of it: done before
+    assert depends_on(submission, jobs[0]) is None
 
 
 def test_a_dry_run_for_a_cluster_shows_its_options_and_its_gpus(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ class Job:
 
     stages: tuple[str, ...]
     waits_for: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    """Stages that must have started: a server, which never ends well."""
     job_id: str | None = None
     """None until the executor has answered: a crash in between leaves this as evidence."""
     process: procs.ProcessId | None = None
@@ -79,8 +81,8 @@ def read(run: RunDir, service: bool = False) -> Submission | None:
     jobs = []
     for job in raw.pop("jobs"):
         process = job.pop("process")
-        stages, waits_for = tuple(job.pop("stages")), tuple(job.pop("waits_for"))
-        jobs.append(Job(stages, waits_for, process=procs.ProcessId(**process) if process else None, **job))
+        stages, waits_for, beside = (tuple(job.pop(name, ())) for name in ("stages", "waits_for", "beside"))
+        jobs.append(Job(stages, waits_for, beside, process=procs.ProcessId(**process) if process else None, **job))
     raw["forced"] = tuple(raw["forced"])
     return Submission(jobs=tuple(jobs), **raw)
 

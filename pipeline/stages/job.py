@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -22,7 +24,7 @@ from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.state import recorded_state, resolve, set_state
 from pipeline.scheduler.submission import Job, Submission
 from pipeline.stages.base import Context
-from pipeline.stages.execute import StageFailed, StageStopped, run_stage
+from pipeline.stages.execute import STOPPED, StageFailed, StageStopped, run_stage
 from pipeline.stages.plan import verdict
 from pipeline.stages.registry import REGISTRY
 from pipeline.stages.service import serve_alone, serve_train
@@ -57,9 +59,9 @@ def run_job(run_dir: str, stages: str, submission_id: str) -> str:
     os.environ[procs.RUN_MARK] = str(run.root)
     os.environ[procs.STAGE_MARK] = stages
     try:
-        submission = _wait_for_record(run, submission_id)
+        submission = _adopt(run, _wait_for_record(run, submission_id), names)
         job = submission.job_of(names[0])
-        assert job is not None and job.stages == names
+        assert job is not None
         if not _wait_for_parents(run, submission, job):
             return "cancelled"
         # An earlier attempt's processes cannot outlive it, but a killed one may be a moment in dying.
@@ -174,6 +176,24 @@ def _wait_for_record(run: RunDir, submission_id: str) -> Submission:
         time.sleep(0.05)
 
 
+def _adopt(run: RunDir, submission: Submission, names: tuple[str, ...]) -> Submission:
+    """The submission with this Slurm job in it, though its script was submitted again by hand.
+
+    Raises UserError when the job that it would replace is alive, or when the submission has no such job.
+    """
+    job = submission.job_of(names[0])
+    if job is None or job.stages != names:
+        raise UserError(f"{run.root}: submission {submission.id} has no job {'+'.join(names)}; submit again")
+    mine = slurm.job_id()
+    if mine is None or job.job_id in (None, mine):
+        return submission
+    if submissions.job_alive(submission, job):
+        raise UserError(f"{run.root}: job {job.job_id} does this already; scancel it first, or wait for it")
+    submission = submission.with_job(replace(job, job_id=mine))
+    submissions.write(run, submission)
+    return submission
+
+
 def _wait_for_parents(run: RunDir, submission: Submission, job: Job) -> bool:
     """Wait until the stages that this job needs have ended; False, and cancelled, when one did not end well.
 
@@ -202,3 +222,22 @@ def _restore_devices() -> None:
 def _terminate(signum: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough; what follows ends the children in order
     raise Terminated
+
+
+def main(argv: list[str]) -> int:
+    """`python -m pipeline.stages.job RUN STAGES SUBMISSION`, the command of an sbatch script."""
+    try:
+        word = run_job(*argv)
+    except Terminated:
+        return 128 + signal.SIGTERM
+    except (StageFailed, UserError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except StageStopped as stopped:
+        print(stopped, file=sys.stderr)
+        return STOPPED
+    return 0 if word == "done" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -88,7 +88,7 @@ def is_task(cmdline: Path, run: Path) -> bool:
         line = cmdline.read_bytes().decode()
     except OSError:
         return False
-    return "submitit.core._submit" in line and str(run) in line and not line.startswith("srun")
+    return "pipeline.stages.job" in line and str(run) in line and not line.startswith(("srun", "/usr/bin/srun"))
 
 
 def environment_of(pid: int) -> dict[str, str]:

@@ -1,0 +1,91 @@
+"""What a job asks Slurm for, and the shell lines before its work: pure functions of the cluster profile."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.cluster import Cluster, Resources
+from pipeline.scheduler.submission import Job
+
+_PLACE = ("account", "partition", "qos", "reservation", "constraint")
+"""Fields of a profile that are sbatch options of the same name."""
+
+
+def slurm_options(cluster: Cluster, job: Job) -> dict[str, Any]:
+    """The sbatch options of a job, without its dependencies: the most that any of its stages asks for."""
+    options: dict[str, Any] = {
+        "job-name": f"hh-{job.name}",
+        **{key: value for key in _PLACE if (value := getattr(cluster, key))},
+        **({"exclude": ",".join(cluster.exclude)} if cluster.exclude else {}),
+        **_slurm_resources(cluster, job_resources(cluster, job)),
+        "kill-on-invalid-dep": "yes",
+        "signal": f"USR2@{cluster.grace_s}",
+        ("requeue" if cluster.requeue else "no-requeue"): True,
+    }
+    return {**options, **cluster.extra}
+
+
+def job_resources(cluster: Cluster, job: Job) -> Resources:
+    """The most of each resource that any stage of the job asks for."""
+    each = [cluster.resources(stage) for stage in job.stages]
+    return Resources(**{name: max(getattr(one, name) for one in each) for name in Resources.model_fields})
+
+
+def srun_args(cluster: Cluster, job: Job) -> list[str]:
+    """Options of the srun that starts the job's work, one task on each of its nodes."""
+    resources = job_resources(cluster, job)
+    # Since Slurm 22.05 srun no longer takes the job's CPUs by itself.
+    arguments = [f"--cpus-per-task={resources.cpus}", *cluster.srun_args]
+    if resources.nodes > 1:  # the first task decides how the job ends; the others follow it
+        arguments += ["--wait=0", "--kill-on-bad-exit=0"]
+    return arguments
+
+
+def setup_lines(cluster: Cluster, run_root: Path, code: Path) -> list[str]:
+    """Shell lines before a job's work. A module that is not there ends the job: its work would miss something."""
+    lines = []
+    for module in cluster.modules:
+        name = shlex.quote(module)
+        lines.append(f"module load {name} || {{ echo 'error: module load '{name}' failed' >&2; exit 1; }}")
+    lines += cluster.setup
+    variables = dict(cluster.environment)
+    if cluster.interface:
+        variables = {"NCCL_SOCKET_IFNAME": cluster.interface, "GLOO_SOCKET_IFNAME": cluster.interface} | variables
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    if cluster.scratch:  # in double quotes: the node knows what $SLURM_TMPDIR is
+        lines.append(f'export TMPDIR="{cluster.scratch}"; mkdir -p "$TMPDIR" || exit 1')
+    lines.append(f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}")
+    lines.append(f"cd {shlex.quote(str(run_root))} || exit 1")
+    return lines
+
+
+def work_command(python: str, run_root: Path, job: Job, submission: str) -> str:
+    """What a job runs, as a shell takes it."""
+    return shlex.join([python, "-u", "-m", "pipeline.stages.job", str(run_root), job.name, submission])
+
+
+def dependency(afterok: Sequence[str], after: Sequence[str]) -> str | None:
+    """Slurm's words for "when those have ended well, and these have started"; None when there is nothing to await."""
+    parts = [":".join((kind, *ids)) for kind, ids in (("afterok", afterok), ("after", after)) if ids]
+    return ",".join(parts) or None
+
+
+def _slurm_resources(cluster: Cluster, resources: Resources) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "time": resources.time_min,
+        "nodes": resources.nodes,
+        "ntasks-per-node": 1,
+        "cpus-per-task": resources.cpus,
+    }
+    if cluster.memory_request == "mem":
+        options["mem"] = f"{resources.mem_gb}G"
+    elif cluster.memory_request == "mem-per-cpu":
+        options["mem-per-cpu"] = f"{-(-resources.mem_gb * 1024 // resources.cpus)}M"
+    if resources.gpus:
+        count = resources.gpus * (resources.nodes if cluster.gpu_request == "gpus" else 1)
+        typed = f"{cluster.gpu_type}:{count}" if cluster.gpu_type else str(count)
+        options[cluster.gpu_request] = f"gpu:{typed}" if cluster.gpu_request == "gres" else typed
+    return options
