@@ -166,6 +166,9 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
+Tick: TypeAlias = Callable[[], None]
+"""Called a few times a second while a child is waited for."""
+
 Mark: TypeAlias = tuple[str, str]
 """The name and value of an environment variable that marks processes."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -81,6 +82,20 @@ def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 120)
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for {what}"
         time.sleep(0.05)
+
+
+def until_training(finished: Path, run: Path) -> Path:
+    """A copy of the finished run in which the training and what follows it have not happened."""
+    shutil.copytree(finished, run, symlinks=True)
+    for stage in ("serve", "train", "evaluate"):
+        shutil.rmtree(run / "stages" / stage)
+    for path in ("checkpoints", "models/policy", "metrics.jsonl", "report", "services", "cache", "submission.json"):
+        target = run / path
+        if target.is_symlink() or target.is_file():
+            target.unlink()
+        else:
+            shutil.rmtree(target, ignore_errors=True)
+    return run
 
 
 def pids_running(run: Path, *words: str) -> list[int]:

@@ -10,7 +10,18 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers_jobs import ROOT, TINY, command, nothing_left, pids_running, policy_sha256, start, submit, wait_for
+from helpers_jobs import (
+    ROOT,
+    TINY,
+    command,
+    nothing_left,
+    pids_running,
+    policy_sha256,
+    start,
+    submit,
+    until_training,
+    wait_for,
+)
 
 from pipeline.run import endpoint
 from pipeline.run.directory import RunDir
@@ -26,18 +37,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = submit(run)
     assert done.status == 0, done.out + done.err
     return run
-
-
-def until_training(finished: Path, target: Path) -> Path:
-    """A copy of the finished run in which nothing has been trained yet by PPO."""
-    shutil.copytree(finished, target, symlinks=True)
-    for stage in ("serve", "train", "evaluate"):
-        shutil.rmtree(target / "stages" / stage)
-    for name in ("checkpoints", "cache", "services"):
-        shutil.rmtree(target / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "submission.json"):
-        (target / name).unlink(missing_ok=True)
-    return target
 
 
 def test_every_stage_has_outputs_and_nothing_is_left_running(finished: Path) -> None:

@@ -124,6 +124,8 @@ def test_long_sequences_lose_their_beginning_and_empty_ones_are_refused(server: 
         ("INTERNAL", "scoring failed: RuntimeError", False),
         ("INVALID_ARGUMENT", "lengths must be within 1..4", False),
         ("NOT_FOUND", "unknown model", False),
+        ("NOT_FOUND", "Request for unknown model: 'rm' has no available versions", True),  # it drains
+        ("NOT_FOUND", "Request for unknown model: 'rm' is not found", False),
     ],
 )
 def test_only_what_a_restart_explains_is_retried(status: str, message: str, retriable: bool) -> None:

@@ -41,6 +41,7 @@ class FakeServer:
     triton_host = "127.0.0.1:1/rm"
     pid = 4242
     log_path = Path("/log")
+    address = wire.Address("127.0.0.1:1", "rm")
 
     def __init__(self) -> None:
         self.log: list[str] = []

@@ -25,6 +25,7 @@ class ModelSize:
 def check_sizes(config: Config) -> None:
     """Refuse sizes that cannot work together, before any job is submitted."""
     _check_model(config)
+    _check_placement(config)
     generate, train, ppo = config.generate, config.train, config.ppo
     if train.seq_length <= generate.max_new_tokens:
         raise ValueError(
@@ -46,6 +47,21 @@ def check_sizes(config: Config) -> None:
     for sequence in generate.stop_sequences:
         if not sequence:
             raise ValueError("generate.stop_sequences: an empty stop sequence would end every response; remove it")
+
+
+def _check_placement(config: Config) -> None:
+    """A server in a job of its own must be one that other nodes can reach."""
+    if config.cluster.placement != "separate":
+        return
+    if config.cluster.executor != "slurm":
+        raise ValueError(
+            'cluster.placement: "separate" needs cluster.executor = "slurm"; on one machine take "colocated"'
+        )
+    if config.serving.bind in ("unix", "loopback"):
+        raise ValueError(
+            f'serving.bind: "{config.serving.bind}" cannot be reached from other nodes, where '
+            'cluster.placement = "separate" puts the training; take "auto"'
+        )
 
 
 def _check_model(config: Config) -> None:

@@ -23,7 +23,7 @@ class Resources(Section):
     gpus: int = Field(0, ge=0)
     """GPUs on each node; 0 asks for none."""
     nodes: int = Field(1, ge=1)
-    """Nodes of the job. Only a training makes use of more than one."""
+    """Nodes of the job. A training spreads over them; each node of a job with the server runs one server."""
 
 
 class Cluster(Section):
@@ -35,8 +35,6 @@ class Cluster(Section):
     """Jobs are child processes on this machine, or Slurm jobs."""
     placement: Literal["colocated", "separate"] = "colocated"
     """Server and training in one job, or the server in a job of its own on any node."""
-    servers: int = Field(1, ge=1, le=64)
-    """Reward servers of a training, where placement is separate; colocated, each of its nodes has one."""
     account: str | None = Field(None, min_length=1)
     """Slurm account that is charged (sbatch --account)."""
     partition: str | None = Field(None, min_length=1)

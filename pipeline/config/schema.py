@@ -126,8 +126,8 @@ class Serving(Section):
     """The model's name in Triton; default: the checkpoint's last path component, or "reward-model"."""
     flavour: Literal["python"] = "python"
     """Triton backend that the store is written for."""
-    bind: Literal["unix", "loopback"] = "unix"
-    """A socket in a 0700 folder that only this user can reach, or TCP on 127.0.0.1."""
+    bind: Literal["auto", "unix", "loopback", "network"] = "auto"
+    """A socket in a 0700 folder, TCP on 127.0.0.1, or TCP to other nodes with mutual TLS; "auto" by placement."""
     grpc_port: int = Field(0, ge=0, le=65535)
     """0 takes a free port; another port must be free."""
     dynamic_batching: bool = True

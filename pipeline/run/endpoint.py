@@ -1,7 +1,11 @@
-"""services/triton.json: where the reward server is, and which model it serves."""
+"""services/triton.json: where the reward servers are, and which model they serve.
+
+A training may have several: triton.json is the first one's, triton-1.json the second's, and so on.
+"""
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +16,8 @@ from pipeline.run.directory import RunDir
 
 WAIT_VARIABLE = "HH_PIPELINE_TRITON_WAIT_S"
 """Seconds for which clients wait for the endpoint to be published; a job that starts server and clients sets it."""
+EXPECTED_S = 120.0
+"""How long a job's word holds that the server will come: see `expect`."""
 
 
 @dataclass(frozen=True)
@@ -30,31 +36,73 @@ class Endpoint:
     restarts: int = 0
     started: float = 0.0
     heartbeat: float = 0.0
+    index: int = 0
+    """Which of the run's servers it is."""
+    tls: str = ""
+    """The folder with the client's certificate, where the server asks for one."""
 
 
 def publish(run: RunDir, endpoint: Endpoint) -> None:
-    """Write triton.json and the triton.env that a person can `source`."""
-    atomic.write_json(run.endpoint, asdict(endpoint), mode=0o600)
-    atomic.write_text(env_file(run), f"export TRITON_HOST={endpoint.triton_host}\n", mode=0o600)
+    """Write the endpoint and, for the first server, the triton.env that a person can `source`."""
+    atomic.write_json(path(run, endpoint.index), asdict(endpoint), mode=0o600)
+    if endpoint.index == 0:
+        lines = [f"export TRITON_HOST={shlex.quote(endpoint.triton_host)}"]
+        if endpoint.tls:
+            lines.append(f"export TRITON_TLS={shlex.quote(endpoint.tls)}")
+        atomic.write_text(env_file(run), "\n".join(lines) + "\n", mode=0o600)
 
 
 def beat(run: RunDir, endpoint: Endpoint) -> None:
     """Renew the heartbeat of a published endpoint."""
-    atomic.write_json(run.endpoint, {**asdict(endpoint), "heartbeat": time.time()}, mode=0o600)
+    atomic.write_json(path(run, endpoint.index), {**asdict(endpoint), "heartbeat": time.time()}, mode=0o600)
 
 
-def withdraw(run: RunDir) -> None:
-    """Remove the endpoint when its server stops."""
-    for path in (run.endpoint, env_file(run)):
-        path.unlink(missing_ok=True)
+def withdraw(run: RunDir, index: int | None = None) -> None:
+    """Remove the endpoint of a server that stops; without an index, those of all."""
+    doomed = _files(run) if index is None else [path(run, index)]
+    if index in (None, 0):
+        doomed.append(env_file(run))
+    for file in doomed:
+        file.unlink(missing_ok=True)
 
 
-def read(run: RunDir) -> Endpoint | None:
-    """The published endpoint, or None."""
-    raw: dict[str, Any] | None = atomic.read_json(run.endpoint)
+def read(run: RunDir, index: int = 0) -> Endpoint | None:
+    """A published endpoint, or None."""
+    raw: dict[str, Any] | None = atomic.read_json(path(run, index))
     return Endpoint(**raw) if raw is not None else None
 
 
+def read_all(run: RunDir) -> list[Endpoint]:
+    """All published endpoints, by index."""
+    found = (atomic.read_json(file) for file in _files(run))
+    return sorted((Endpoint(**raw) for raw in found if raw is not None), key=lambda one: one.index)
+
+
+def expect(run: RunDir) -> None:
+    """Say that the server will come, or come back: its job waits in the queue or runs. To be renewed."""
+    atomic.write_json(_expected_file(run), {"time": time.time()})
+
+
+def expected(run: RunDir) -> bool:
+    """Whether a job has said so lately."""
+    said = atomic.read_json(_expected_file(run))
+    return said is not None and time.time() - float(said["time"]) < EXPECTED_S
+
+
+def path(run: RunDir, index: int) -> Path:
+    """The file of the server with this index."""
+    return run.endpoint if index == 0 else run.endpoint.with_name(f"triton-{index}.json")
+
+
 def env_file(run: RunDir) -> Path:
-    """The shell form of the endpoint."""
+    """The shell form of the first endpoint."""
     return run.endpoint.with_name("triton.env")
+
+
+def _files(run: RunDir) -> list[Path]:
+    others = run.endpoint.parent.glob("triton-*.json")
+    return [file for file in (run.endpoint, *others) if file.exists()]
+
+
+def _expected_file(run: RunDir) -> Path:
+    return run.endpoint.with_name("expected.json")

@@ -24,15 +24,22 @@ log = logging.getLogger("pipeline")
 
 
 def group_jobs(config: Config, plan: Sequence[Planned]) -> tuple[Job, ...]:
-    """The jobs of the stages that run or may run: one a stage, but the server and its training together."""
+    """The jobs of the stages that run or may run: one a stage, but colocated server and training together.
+
+    A server in a job of its own never ends well before its training: the training's job waits for its start only.
+    """
     stages = [planned.stage for planned in plan if planned.action != "skip"]
+    separate = config.cluster.placement == "separate"
     jobs = []
     for stage in stages:
-        if stage == "serve" and "train" in stages:
+        if stage == "serve" and "train" in stages and not separate:
             continue
-        members = ("serve", "train") if stage == "train" and "serve" in stages else (stage,)
-        wanted = {need for member in members for need in _parents(config, member)}
-        jobs.append(Job(members, tuple(name for name in STAGES if name in wanted & set(stages) - set(members))))
+        served = stage == "train" and "serve" in stages
+        members = ("serve", "train") if served and not separate else (stage,)
+        beside = ("serve",) if served and separate else ()
+        wanted = {need for member in members for need in _parents(config, member)} & set(stages)
+        waits_for = tuple(name for name in STAGES if name in wanted - set(members) - {"serve"})
+        jobs.append(Job(members, waits_for, beside))
     return tuple(jobs)
 
 
@@ -50,7 +57,7 @@ def submit(run: RunDir, config: Config, plan: Sequence[Planned], forced: Sequenc
         jobs=jobs,
         forced=tuple(forced),
         time=time.time(),
-        service=any(job.stages == ("serve",) for job in jobs),
+        service=[job.stages for job in jobs if "serve" in job.stages or "train" in job.stages] == [("serve",)],
     )
     save_config(run, config)
     provenance.write(run)

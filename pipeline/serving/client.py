@@ -50,14 +50,15 @@ def connect_scorer(
     identity = run.values("convert").get("identity")
     named = environ.get(TRITON_HOST)
     if named:
-        address = wire.parse_address(named)
+        address = wire.parse_address(named, tls=environ.get(wire.TLS_VARIABLE))
         logger.info("rewards come from %s=%s", TRITON_HOST, address)
         return TritonScorer(lambda: address, config.serving, identity, _CONNECT_S)
-    published = _wait_for_endpoint(run, float(environ.get(endpoint.WAIT_VARIABLE, "0")))
-    if published is not None and time.time() - published.heartbeat < LIVE_S:
-        logger.info("rewards come from the run's server at %s", published.triton_host)
-        return TritonScorer(lambda: _published(run), config.serving, identity)
-    if published is not None:
+    servers = Published(run, turn=int(environ.get("RANK", "0")))
+    published = _wait_for_endpoint(servers, float(environ.get(endpoint.WAIT_VARIABLE, "0")))
+    if published and time.time() - max(one.heartbeat for one in published) < LIVE_S:
+        logger.info("rewards come from the run's server at %s", ", ".join(one.triton_host for one in published))
+        return TritonScorer(servers, config.serving, identity, expected=lambda: endpoint.expected(run))
+    if published:
         logger.warning("%s: ignored, its server has shown no life for %.0f s", run.endpoint, LIVE_S)
     if device is None:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
@@ -74,14 +75,22 @@ class TritonScorer(BatchScorer):
     """A `Scorer` over gRPC. Create it after forking; one a process."""
 
     def __init__(
-        self, locate: Locate, serving: Serving, identity: str | None = None, connect_s: float | None = None
+        self,
+        locate: Locate,
+        serving: Serving,
+        identity: str | None = None,
+        connect_s: float | None = None,
+        expected: Callable[[], bool] = lambda: False,
     ) -> None:
         """Connect, trying for `connect_s` seconds (default: `serving.retry_timeout_s`), and check what is served.
 
+        While `expected` says that a server is on its way, patience has no end.
         Raises UserError when nothing answers, or when the served model's identity is not `identity` (if given).
         """
         self._locate = locate
         self._wanted = identity
+        self._expected = expected
+        self._where = "the run's reward server"
         self._link: _Link | None = None
         self._link_lock = threading.Lock()
         self._outage_logged = float("-inf")
@@ -121,11 +130,11 @@ class TritonScorer(BatchScorer):
                 answer = ask(link)
             except InferenceServerException as error:
                 fault, now = wire.error_line(error), time.monotonic()
-                where = str(link.address if link is not None else self._locate() or "the run's reward server")
+                where = str(link.address) if link is not None else self._where
                 if not is_retriable(error):
                     raise UserError(f"{where}: the reward server refused: {fault}") from error
                 first = now if first is None else first
-                if now - first >= patience_s:
+                if now - first >= patience_s and not self._expected():
                     raise UserError(
                         f"{where}: no reward server answers there since {now - first:.0f} s ({fault}); "
                         f"check {TRITON_HOST} and the server's log"
@@ -155,6 +164,7 @@ class TritonScorer(BatchScorer):
                 address = self._locate()
                 if address is None:
                     raise InferenceServerException("no endpoint is published", status="StatusCode.UNAVAILABLE")
+                self._where = str(address)
                 self._link = self._open(address)
             return self._link
 
@@ -191,23 +201,45 @@ def is_retriable(error: InferenceServerException) -> bool:
     status, message = str(error.status() or ""), str(error.message() or "")
     if status == "StatusCode.UNAVAILABLE":
         return "restricted" not in message  # a missing access token: waiting does not help
+    if status == "StatusCode.NOT_FOUND":
+        return "no available versions" in message  # a server that ends has unloaded its model already
     if status == "StatusCode.INTERNAL":
         return "not healthy" in message  # the Python backend's process died; its supervisor restarts the server
     return status in ("StatusCode.CANCELLED", "StatusCode.DEADLINE_EXCEEDED")
 
 
-def _published(run: RunDir) -> wire.Address | None:
-    published = endpoint.read(run)
-    return wire.parse_address(published.triton_host, str(run.endpoint)) if published is not None else None
+class Published:
+    """Where the run's servers are now. Each call names the next of them: ranks begin at different ones, and a server
+    that does not answer is followed by another."""
+
+    def __init__(self, run: RunDir, turn: int = 0) -> None:
+        self.run = run
+        self._turn = turn
+
+    def endpoints(self) -> list[endpoint.Endpoint]:
+        """The endpoints that this node can reach; those that have shown life lately, where there are such."""
+        here = os.uname().nodename
+        found = [
+            one for one in endpoint.read_all(self.run) if not one.triton_host.startswith("unix:") or one.host == here
+        ]
+        return [one for one in found if time.time() - one.heartbeat < LIVE_S] or found
+
+    def __call__(self) -> wire.Address | None:
+        found = self.endpoints()
+        if not found:
+            return None
+        chosen = found[self._turn % len(found)]
+        self._turn += 1
+        return wire.parse_address(chosen.triton_host, str(endpoint.path(self.run, chosen.index)), chosen.tls)
 
 
-def _wait_for_endpoint(run: RunDir, wait_s: float) -> endpoint.Endpoint | None:
-    """The published endpoint. With `wait_s` there will be one: UserError when that time passes without it."""
+def _wait_for_endpoint(servers: Published, wait_s: float) -> list[endpoint.Endpoint]:
+    """The published endpoints. With `wait_s` there will be one: UserError when that time passes without it."""
     deadline = time.monotonic() + wait_s
-    while (published := endpoint.read(run)) is None and wait_s:
-        if time.monotonic() > deadline:
+    while not (published := servers.endpoints()) and wait_s:
+        if time.monotonic() > deadline and not endpoint.expected(servers.run):
             raise UserError(
-                f"{run.endpoint}: the run's reward server was not ready within {wait_s:.0f} s "
+                f"{servers.run.endpoint}: the run's reward server was not ready within {wait_s:.0f} s "
                 "(serving.start_timeout_s); see its log"
             )
         time.sleep(0.1)

@@ -30,6 +30,8 @@ class ServerSpec:
     """What CUDA_VISIBLE_DEVICES is set to; empty hides every GPU."""
     shm_prefix: str = "triton_python_backend_shm_region_"
     """How the server's regions in /dev/shm are named, so that they can be swept when it was killed."""
+    tls: Path | None = None
+    """Folder of the certificates (see `pipeline.serving.tls`); None: no TLS."""
     drain_s: int = 30
     verbose: int = 0
 
@@ -53,7 +55,16 @@ def server_flags(spec: ServerSpec, repository: str) -> list[str]:
         f"--exit-timeout-secs={spec.drain_s}",
         "--log-format=ISO8601",
         f"--log-verbose={spec.verbose}",
+        *_tls_flags(spec.tls),
     ]
+
+
+def _tls_flags(folder: Path | None) -> list[str]:
+    """Mutual TLS: who has no certificate of this run is not answered."""
+    if folder is None:
+        return []
+    files = {"grpc-server-cert": "server.pem", "grpc-server-key": "server.key", "grpc-root-cert": "ca.pem"}
+    return ["--grpc-use-ssl-mutual=true", *(f"--{flag}={folder / file}" for flag, file in files.items())]
 
 
 class Engine(ABC):
@@ -117,6 +128,8 @@ class Apptainer(Engine):
         binds = ["--bind", f"{spec.model_repository}:{STORE_IN_CONTAINER}:ro"]
         if spec.socket_folder is not None:
             binds += ["--bind", f"{spec.socket_folder}:{spec.socket_folder}"]
+        if spec.tls is not None:
+            binds += ["--bind", f"{spec.tls}:{spec.tls}:ro"]
         return [self.name, "exec", "--nv", "--cleanenv", "--no-home", *binds, self.image]
 
     def server_env(self, spec: ServerSpec, environ: Mapping[str, str]) -> dict[str, str]:
@@ -149,6 +162,8 @@ class Docker(Engine):
         argv += ["--volume", f"{spec.model_repository}:{STORE_IN_CONTAINER}:ro"]
         if spec.socket_folder is not None:
             argv += ["--volume", f"{spec.socket_folder}:{spec.socket_folder}"]
+        if spec.tls is not None:
+            argv += ["--volume", f"{spec.tls}:{spec.tls}:ro"]
         return [*argv, docker_image(self.image), "tritonserver", *server_flags(spec, STORE_IN_CONTAINER)]
 
     def server_env(self, spec: ServerSpec, environ: Mapping[str, str]) -> dict[str, str]:

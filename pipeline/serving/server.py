@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import shutil
-import socket
 import tempfile
 import time
 import uuid
@@ -18,7 +17,7 @@ from pathlib import Path
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
-from pipeline import procs
+from pipeline import network, procs
 from pipeline.config.schema import Serving
 from pipeline.errors import UserError
 from pipeline.serving import wire
@@ -36,30 +35,35 @@ _PROBE_S = 2.0
 logger = logging.getLogger(__name__)
 
 
-def make_spec(serving: Serving, store: Path, devices: Sequence[str]) -> ServerSpec:
-    """Decide where a server listens: a socket in a new 0700 folder, or a port of 127.0.0.1 that is free now.
+def make_spec(
+    serving: Serving, store: Path, devices: Sequence[str], tls: Path | None = None, interface: str | None = None
+) -> ServerSpec:
+    """Decide where a server listens: a socket in a new 0700 folder, or a port of this node that is free now.
 
+    `tls` is the folder of the certificates that a server needs which other nodes can reach.
     Raises UserError when `serving.grpc_port` is taken: tritonserver itself would say so only after loading the model.
     """
-    if serving.bind == "unix":
-        address, port = f"unix:{_socket_folder() / 'rm.sock'}", serving.grpc_port or SOCKET_PORT
-    else:
-        address, port = "127.0.0.1", free_port(serving.grpc_port)
-    return ServerSpec(store, address, port, tuple(devices), shm_prefix=region_prefix(procs.this_process()))
+    prefix = region_prefix(procs.this_process())
+    if serving.bind == "network":
+        assert tls is not None, "a server that other nodes can reach asks for a certificate"
+        address = network.node_address(interface)
+        port = free_port(serving.grpc_port, address)
+        return ServerSpec(store, address, port, tuple(devices), shm_prefix=prefix, tls=tls)
+    if serving.bind == "loopback":
+        return ServerSpec(store, "127.0.0.1", free_port(serving.grpc_port), tuple(devices), shm_prefix=prefix)
+    address, port = f"unix:{_socket_folder() / 'rm.sock'}", serving.grpc_port or SOCKET_PORT
+    return ServerSpec(store, address, port, tuple(devices), shm_prefix=prefix)
 
 
-def free_port(wanted: int = 0) -> int:
-    """A port of 127.0.0.1 that can be bound now: `wanted`, or any when that is 0."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", wanted))
-        except OSError as error:
-            raise UserError(
-                f"serving.grpc_port: {wanted} cannot be bound on 127.0.0.1 ({error.strerror}); "
-                "choose another, or 0 for a free one"
-            ) from None
-        return int(probe.getsockname()[1])
+def free_port(wanted: int = 0, address: str = "127.0.0.1") -> int:
+    """A port of `address` that can be bound now: `wanted`, or any when that is 0."""
+    try:
+        return network.free_port(address, wanted)
+    except OSError as error:
+        raise UserError(
+            f"serving.grpc_port: {wanted} cannot be bound on {address} ({error.strerror}); "
+            "choose another, or 0 for a free one"
+        ) from None
 
 
 def _socket_folder() -> Path:
@@ -78,7 +82,8 @@ class TritonServer:
     def __init__(self, engine: Engine, spec: ServerSpec, model: str, log_path: Path, env: Mapping[str, str]) -> None:
         self.engine = engine
         self.spec = spec
-        self.address = wire.Address(f"{spec.grpc_address}:{spec.grpc_port}", model)
+        tls = str(spec.tls) if spec.tls is not None else None
+        self.address = wire.Address(f"{spec.grpc_address}:{spec.grpc_port}", model, tls)
         self.log_path = log_path
         self._env = dict(env)
         self._process: procs.Child | None = None
@@ -106,7 +111,7 @@ class TritonServer:
             self.spec.socket_folder.mkdir(mode=0o700, exist_ok=True)
             self._socket().unlink(missing_ok=True)  # of a server that was killed
         else:
-            free_port(self.spec.grpc_port)
+            free_port(self.spec.grpc_port, self.spec.grpc_address)
         spec = self._plain_spec()
         argv, env = self.engine.server_argv(spec), self.engine.server_env(spec, self._env)
         with self.log_path.open("ab") as log:

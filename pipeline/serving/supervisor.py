@@ -16,7 +16,7 @@ from pipeline.config.schema import Config, Serving
 from pipeline.errors import UserError
 from pipeline.run import endpoint
 from pipeline.run.directory import RunDir
-from pipeline.serving import wire
+from pipeline.serving import tls, wire
 from pipeline.serving.engines import Engine
 from pipeline.serving.model_store import VERSION, Manifest, read_manifest
 from pipeline.serving.server import TritonServer, make_spec
@@ -41,19 +41,22 @@ def supervise(
     job_id: str,
     *,
     wait: bool = True,
+    index: int = 0,
 ) -> Iterator[Supervisor]:
     """Serve the run's model store while the block runs; the block calls `tick` about once a second.
 
     On entry the server is ready, has answered the known questions and is published; with `wait=False` it is only
     started, `triton_host` is known, and the ticks see to the rest, so that clients can start meanwhile. On exit it is
-    drained and withdrawn. Raises UserError, here or in a tick, when it does not start.
+    drained and withdrawn. `index` tells the servers of one run apart.
+    Raises UserError, here or in a tick, when it does not start.
     """
     store = run.artifact("convert", "model_store")
     manifest = read_manifest(store)
-    spec = make_spec(config.serving, store, devices)
+    certificates = tls.ensure(run.endpoint.parent / "tls") if config.serving.bind == "network" else None
+    spec = make_spec(config.serving, store, devices, certificates, config.cluster.interface)
     env = {**os.environ, "OMP_NUM_THREADS": str(config.serving.num_threads)}
     server = TritonServer(engine, spec, manifest.model_name, log_path, env)
-    supervisor = Supervisor(run, server, manifest, config.serving, job_id)
+    supervisor = Supervisor(run, server, manifest, config.serving, job_id, index=index)
     try:
         supervisor.start(wait)
         yield supervisor
@@ -72,7 +75,9 @@ class Supervisor:
         serving: Serving,
         job_id: str,
         clock: Callable[[], float] = time.monotonic,
+        index: int = 0,
     ) -> None:
+        self._index = index
         self._run = run
         self._server = server
         self._manifest = manifest
@@ -135,7 +140,7 @@ class Supervisor:
         """Withdraw the endpoint and drain the server."""
         self._phase = "stopped"
         if self._endpoint is not None:
-            endpoint.withdraw(self._run)
+            endpoint.withdraw(self._run, self._index)
             self._endpoint = None
         self._server.stop()
         self._server.remove_socket_folder()
@@ -159,6 +164,8 @@ class Supervisor:
             restarts=self._restarts,
             started=now,
             heartbeat=now,
+            index=self._index,
+            tls=self._server.address.tls or "",
         )
         endpoint.publish(self._run, self._endpoint)
         self._phase, self._since = "up", self._clock()

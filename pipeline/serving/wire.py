@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,10 @@ from tritonclient.utils import InferenceServerException
 
 from pipeline.errors import UserError
 
+TLS_VARIABLE = "TRITON_TLS"
+"""Names the folder with the certificates for TRITON_HOST, where its server asks for one."""
+SERVER_NAME = "reward-server.hh-pipeline"
+"""The name in the server's certificate. Clients expect it wherever the server runs: it moves between nodes."""
 FORMS = "host:port/model or unix:/path/to/socket:port/model"
 
 _ADDRESS = re.compile(r"(?P<url>(?:unix:/.+|[^/:\s\[\]]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5}))/(?P<model>[\w.-]+)")
@@ -33,22 +38,37 @@ class Address:
 
     url: str
     model: str
+    tls: str | None = None
+    """Folder with ca.pem, client.pem and client.key, for a server that asks for a certificate."""
 
     def __str__(self) -> str:
         return f"{self.url}/{self.model}"
 
 
-def parse_address(text: str, where: str = "TRITON_HOST") -> Address:
+def parse_address(text: str, where: str = "TRITON_HOST", tls: str | None = None) -> Address:
     """Parse "host:port/model" or "unix:/path:port/model"; UserError naming the expected forms."""
     match = _ADDRESS.fullmatch(text.strip())
     if match is None or not 0 < int(match["port"]) < 65536:
         raise UserError(f"{where}={text}: not a reward server's address; expected {FORMS}")
-    return Address(match["url"], match["model"])
+    return Address(match["url"], match["model"], tls or None)
 
 
 def open_client(address: Address) -> triton.InferenceServerClient:
     """A client with a channel of its own. Opening does not connect yet. Not to be shared across fork."""
-    return triton.InferenceServerClient(address.url, channel_args=_CHANNEL)
+    if address.tls is None:
+        return triton.InferenceServerClient(address.url, channel_args=_CHANNEL)
+    folder = Path(address.tls)
+    missing = [name for name in ("ca.pem", "client.pem", "client.key") if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{TLS_VARIABLE}={folder}: has no {', '.join(missing)}; give the run's services/tls folder")
+    return triton.InferenceServerClient(
+        address.url,
+        ssl=True,
+        root_certificates=str(folder / "ca.pem"),
+        private_key=str(folder / "client.key"),
+        certificate_chain=str(folder / "client.pem"),
+        channel_args=[*_CHANNEL, ("grpc.ssl_target_name_override", SERVER_NAME)],
+    )
 
 
 def served_identity(client: triton.InferenceServerClient, model: str, timeout_s: float) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from pipeline.config.schema import Config
 from pipeline.run import hashing
 from pipeline.run.directory import Outputs, RunDir
+from pipeline.stages.nodes import ONE_NODE, Nodes
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Work:
     devices: tuple[str, ...] = ()
     """GPUs that this stage may use, as CUDA_VISIBLE_DEVICES names them; empty on a CPU."""
     cpus: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    nodes: Nodes = ONE_NODE
+    """The nodes that the work is spread over, and which of them this is."""
 
 
 class Stage(ABC):

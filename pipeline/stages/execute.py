@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline import procs
+from pipeline import network, procs
 from pipeline.errors import UserError
 from pipeline.run import atomic, hashing, work
 from pipeline.run.directory import Artifact, Outputs, RunDir
 from pipeline.scheduler.state import set_state
 from pipeline.stages.base import Context, Stage, Work
+from pipeline.stages.nodes import ONE_NODE, Meeting, Nodes, Rendezvous
 from pipeline.stages.plan import basis
 from pipeline.stages.registry import REGISTRY
 
@@ -54,12 +56,14 @@ def run_stage(
     reason: str,
     devices: tuple[str, ...] = (),
     environment: dict[str, str] | None = None,
-    tick: Callable[[], None] = lambda: None,
+    tick: procs.Tick = lambda: None,
     forced: bool = False,
+    nodes: Nodes = ONE_NODE,
 ) -> Outputs:
     """Run a stage's work to its end and record its outputs. `tick` is called a few times a second meanwhile.
 
-    A forced attempt begins from nothing: it does not go on from the checkpoints of an earlier submission.
+    With several nodes this is the first of them; it lets the others begin, and fails when one of them does. A forced
+    attempt begins from nothing: it does not go on from the checkpoints of an earlier submission.
 
     Raises StageFailed or StageStopped. Whatever ends this function early ends the child's whole tree too.
     """
@@ -70,7 +74,10 @@ def run_stage(
     atomic.write_json(run.stage(stage_name) / "plan.json", {"fingerprint": fingerprint, "reason": reason, **known})
     number = _next_attempt(run, stage_name)
     folder = run.attempt(stage_name, number)
-    job = Work(run, context.config, folder / "out", devices)
+    if nodes.count > 1:
+        address = network.node_address(context.config.cluster.interface)
+        nodes = Nodes(nodes.count, 0, address, network.free_port(address))
+    job = Work(run, context.config, folder / "out", devices, nodes=nodes)
     job.out.mkdir(parents=True)
     argv = stage.command(job)
     log_path = folder / "stdout.log"
@@ -78,7 +85,8 @@ def run_stage(
     set_state(run, stage_name, submission, "running", reason, number)
     started = time.time()
     environment = {FINGERPRINT: f"{fingerprint}{'-' + submission if forced else ''}", **(environment or {})}
-    status = _run_child(run.root, argv, _environment(stage, job, environment), log_path, tick)
+    with _meeting(job, stage_name, number, environment[FINGERPRINT], tick) as watch:
+        status = run_child(run.root, argv, environment_of(stage, job, environment), log_path, watch)
     seconds = round(time.time() - started, 3)
     atomic.write_json(folder / "exit.json", {"status": status, "seconds": seconds})
     if status == STOPPED:
@@ -110,7 +118,35 @@ def failure_reason(status: int, log_path: Path) -> str:
     return f"{exceptions[0]} ({how}; log: {log_path})" if exceptions else f"{how}; log: {log_path}"
 
 
-def _run_child(run: Path, argv: list[str], env: dict[str, str], log_path: Path, tick: Callable[[], None]) -> int:
+@contextlib.contextmanager
+def _meeting(job: Work, stage: str, attempt: int, fingerprint: str, tick: procs.Tick) -> Iterator[procs.Tick]:
+    """Let the further nodes begin, and yield a tick that also looks after them; at the end they are told."""
+    count, since = job.nodes.count, time.time()
+    if count == 1:
+        yield tick
+        return
+    meeting = Meeting(job.run)
+    meeting.beat(0)
+    meeting.call(Rendezvous(stage, attempt, fingerprint, job.nodes.address, job.nodes.port, len(job.devices)))
+
+    def watch() -> None:
+        tick()
+        meeting.beat(0)
+        fault = meeting.fault(count, since)
+        if fault is not None:
+            raise StageFailed(fault, attempt)
+
+    try:
+        yield watch
+    finally:
+        meeting.end()
+
+
+def run_child(run: Path, argv: list[str], env: dict[str, str], log_path: Path, tick: procs.Tick) -> int:
+    """Run a work's command to its end, its output appended to `log_path`; returns its exit status.
+
+    Whatever ends this function early, `tick` included, ends the child's whole tree too.
+    """
     with log_path.open("ab") as output:
         child = procs.spawn(argv, env=env, output=output)
     try:
@@ -124,7 +160,8 @@ def _run_child(run: Path, argv: list[str], env: dict[str, str], log_path: Path, 
         procs.end_marked(run, (procs.ATTEMPT_MARK, env[procs.ATTEMPT_MARK]), grace_s=0.0)
 
 
-def _environment(stage: Stage, job: Work, more: dict[str, str]) -> dict[str, str]:
+def environment_of(stage: Stage, job: Work, more: dict[str, str]) -> dict[str, str]:
+    """The whole environment of a stage's work."""
     env = {**os.environ, procs.ATTEMPT_MARK: str(job.out.parent)}
     env |= {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "TOKENIZERS_PARALLELISM": "false"}
     env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}

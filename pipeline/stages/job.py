@@ -24,10 +24,13 @@ from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.state import recorded_state, resolve, set_state
 from pipeline.scheduler.submission import Job, Submission
 from pipeline.stages.base import Context
+from pipeline.stages.devices import visible_devices
 from pipeline.stages.execute import STOPPED, StageFailed, StageStopped, run_stage
+from pipeline.stages.follower import follow_leader
+from pipeline.stages.nodes import of_job
 from pipeline.stages.plan import verdict
 from pipeline.stages.registry import REGISTRY
-from pipeline.stages.service import serve_alone, serve_train
+from pipeline.stages.service import serve_alone, serve_train, train_beside_server
 
 log = logging.getLogger("pipeline")
 
@@ -52,6 +55,12 @@ def run_job(run_dir: str, stages: str, submission_id: str) -> str:
         procs.die_with_parent(int(os.environ["SUBMITIT_LOCAL_JOB_ID"]))  # the controller, whose child this is
         _restore_devices()
     signal.signal(signal.SIGTERM, _terminate)
+    nodes = of_job()
+    if not nodes.leads:
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # the leader's to answer
+        os.environ |= {procs.RUN_MARK: str(run.root), procs.STAGE_MARK: stages}
+        follow_leader(run, read_config(run.root), names, nodes)
+        return "done"
     if slurm.job_id() is not None:
         _forget_request(run)
         # In place of submitit's handler, which asks Slurm to end the job before the training has saved.
@@ -94,10 +103,10 @@ def run_job(run_dir: str, stages: str, submission_id: str) -> str:
 
 def _run_stages(run: RunDir, submission: Submission, names: tuple[str, ...]) -> None:
     """A job holds one stage, or the server and its training; the last of them is the one that counts."""
-    if names == ("serve", "train"):
-        _serve_and_train(run, submission)
+    if names[-1] == "train":
+        _train(run, submission, names)
     elif names == ("serve",):
-        serve_alone(run, read_config(run.root), submission.id)
+        serve_alone(run, read_config(run.root), submission, of_job())
     else:
         (name,) = names
         _run_one(run, submission, name)
@@ -111,22 +120,36 @@ def _run_one(run: RunDir, submission: Submission, stage: str) -> None:
     if planned.action == "skip" and not forced:
         set_state(run, stage, submission.id, "skipped", _kept(run, stage, planned.reason))
         return
-    run_stage(context, stage, submission.id, "forced" if forced else planned.reason, forced=forced)
+    reason = "forced" if forced else planned.reason
+    run_stage(context, stage, submission.id, reason, visible_devices(), forced=forced)
 
 
-def _serve_and_train(run: RunDir, submission: Submission) -> None:
+def _train(run: RunDir, submission: Submission, names: tuple[str, ...]) -> None:
+    """Train, with the server in this job, in another one, or without one of this run's."""
     context = _context(run)
     planned = verdict(REGISTRY["train"], context)
     forced = "train" in submission.forced
     if planned.action == "skip" and not forced:
-        set_state(run, "serve", submission.id, "skipped", "not needed: train is up to date")
+        if "serve" in names:
+            set_state(run, "serve", submission.id, "skipped", "not needed: train is up to date")
         set_state(run, "train", submission.id, "skipped", _kept(run, "train", planned.reason))
         return
-    serve_train(context, submission.id, "forced" if forced else planned.reason, forced)
+    reason, nodes = "forced" if forced else planned.reason, of_job()
+    if "serve" in names:
+        serve_train(context, submission.id, reason, forced, nodes)
+    elif submission.job_of("serve") is not None:
+        train_beside_server(context, submission, reason, forced, nodes)
+    else:
+        run_stage(context, "train", submission.id, reason, visible_devices(), forced=forced, nodes=nodes)
 
 
 def _ask_to_save(run: RunDir, names: tuple[str, ...]) -> None:
-    """On Slurm's warning: a training saves at its next step and stops; other work has nothing to save and goes on."""
+    """On Slurm's warning: a training saves at its next step and stops, and a server on its own ends, to come back.
+
+    Other work has nothing to save and goes on.
+    """
+    if names == ("serve",):
+        _terminate(signal.SIGTERM, None)
     if "train" in names and read_config(run.root).cluster.requeue and not run.stop_flag.exists():
         atomic.write_text(run.stop_flag, REQUEUED)
 

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 from pathlib import Path
 
 from pipeline.errors import UserError, nearest
+from pipeline.network import free_port
 from pipeline.resources import resource_dir, resource_names
 from pipeline.stages.base import Work, work_arguments
 
 
 def launch_command(module: str, work: Work, processes: int, config_file: Path, precision: str = "no") -> list[str]:
-    """`accelerate launch ... -m module --run RUN --out OUT` on this node.
+    """`accelerate launch ... -m module --run RUN --out OUT`: this node's share of `processes`, which all nodes have.
 
+    Each node runs a launcher of its own; DeepSpeed's, which would log in to the others, is not used.
     Everything that a config file could decide for another machine is given: counts, rank, port, precision.
     """
+    nodes = work.nodes
     return [
         *(sys.executable, "-m", "pipeline.training.launch"),
         *("--config_file", str(config_file)),
-        *("--num_processes", str(processes), "--num_machines", "1", "--machine_rank", "0"),
-        *("--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())),
+        *("--num_processes", str(processes)),
+        *("--num_machines", str(nodes.count), "--machine_rank", str(nodes.rank)),
+        *("--main_process_ip", nodes.address, "--main_process_port", str(nodes.port or free_port())),
+        *(("--deepspeed_multinode_launcher", "standard") if nodes.count > 1 else ()),
         *("--mixed_precision", precision),
         *("-m", module, *work_arguments(work)),
     ]
@@ -50,11 +54,4 @@ def accelerate_config(name: str, gpus: int) -> Path:
 
 def thread_environment(work: Work, processes: int) -> dict[str, str]:
     """An equal share of the CPUs for each process, the same at every attempt, so that sums keep their order."""
-    return {"OMP_NUM_THREADS": str(max(1, work.cpus // processes))}
-
-
-def free_port() -> int:
-    """A TCP port on the loopback interface that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return {"OMP_NUM_THREADS": str(max(1, work.cpus * work.nodes.count // processes))}

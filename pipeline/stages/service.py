@@ -1,9 +1,10 @@
-"""serve: the reward server beside a training, or on its own."""
+"""serve: the reward server beside a training, in a job of its own, or for as long as one likes."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -11,22 +12,36 @@ from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.run import endpoint
 from pipeline.run.directory import RunDir
-from pipeline.scheduler.state import set_state
+from pipeline.scheduler.state import recorded_state, resolve, set_state
+from pipeline.scheduler.submission import Submission
 from pipeline.stages.base import Context
 from pipeline.stages.devices import split_devices, visible_devices
-from pipeline.stages.execute import run_stage
+from pipeline.stages.execute import StageFailed, run_stage
+from pipeline.stages.nodes import Meeting, Nodes, Rendezvous
 
 if TYPE_CHECKING:
     from pipeline.serving.supervisor import Supervisor
 
+LOOK_S = 30.0
+"""Seconds between looks at the other job: they ask Slurm's controller."""
 
-def serve_train(context: Context, submission: str, reason: str, forced: bool) -> None:
+
+def share_devices(
+    config: Config, names: tuple[str, ...], devices: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(training's, server's) of the GPUs of a job with these stages: only where both are in it they share them."""
+    if names == ("serve", "train"):
+        return split_devices(devices)
+    return devices, devices[-1:]
+
+
+def serve_train(context: Context, submission: str, reason: str, forced: bool, nodes: Nodes) -> None:
     """Run the server and the training side by side; the server ends with the training that it serves.
 
     Both start at once: the training waits for the published endpoint, while it loads its own models.
     """
     run, serving = context.run, context.config.serving
-    train_devices, server_devices = split_devices(visible_devices())
+    train_devices, server_devices = share_devices(context.config, ("serve", "train"), visible_devices())
     set_state(run, "serve", submission, "running", "starting tritonserver")
     endpoint.withdraw(run)  # of an attempt that was killed: the training must not take it for this one's
     announced = False
@@ -39,9 +54,9 @@ def serve_train(context: Context, submission: str, reason: str, forced: bool) ->
             set_state(run, "serve", submission, "running", f"TRITON_HOST={server.triton_host}")
 
     try:
-        with _supervised(run, context.config, server_devices, wait=False) as server:
+        with supervised(run, context.config, server_devices, wait=False) as server:
             environment = {endpoint.WAIT_VARIABLE: str(serving.start_timeout_s)}
-            run_stage(context, "train", submission, reason, train_devices, environment, tick, forced)
+            run_stage(context, "train", submission, reason, train_devices, environment, tick, forced, nodes)
     except BaseException as error:
         # A training that failed is no fault of the server's: only its own errors reach us as UserErrors.
         set_state(run, "serve", submission, "failed" if isinstance(error, UserError) else "stopped", str(error))
@@ -49,20 +64,72 @@ def serve_train(context: Context, submission: str, reason: str, forced: bool) ->
     set_state(run, "serve", submission, "done", "ended with the training that it served")
 
 
-def serve_alone(run: RunDir, config: Config, submission: str) -> None:
-    """Serve until the job is asked to end."""
-    _, server_devices = split_devices(visible_devices())
-    set_state(run, "serve", submission, "running", "starting tritonserver")
-    with _supervised(run, config, server_devices) as server:
-        set_state(run, "serve", submission, "running", f"TRITON_HOST={server.triton_host}")
-        while True:
-            server.tick()
-            time.sleep(0.2)
+def train_beside_server(context: Context, submission: Submission, reason: str, forced: bool, nodes: Nodes) -> None:
+    """Run the training, whose server is a job of its own: while that job waits or runs, its server is waited for."""
+    run = context.run
+    looked = float("-inf")
+
+    def tick() -> None:
+        nonlocal looked
+        if time.monotonic() - looked < LOOK_S:
+            return
+        looked = time.monotonic()
+        state = resolve(run, submission, "serve")
+        if state.ended:
+            raise StageFailed(f"its reward server is gone: serve {state.state}: {state.reason}", 0)
+        endpoint.expect(run)
+
+    tick()
+    environment = {endpoint.WAIT_VARIABLE: str(context.config.serving.start_timeout_s)}
+    run_stage(context, "train", submission.id, reason, visible_devices(), environment, tick, forced, nodes)
 
 
-def _supervised(
-    run: RunDir, config: Config, devices: tuple[str, ...], wait: bool = True
+def serve_alone(run: RunDir, config: Config, submission: Submission, nodes: Nodes) -> None:
+    """Serve until the job is asked to end, or until the training of the same submission is over."""
+    over = _training_over(run, submission)
+    if over():
+        set_state(run, "serve", submission.id, "skipped", "not needed: the training is over")
+        return
+    set_state(run, "serve", submission.id, "running", "starting tritonserver")
+    meeting = Meeting(run)
+    devices = share_devices(config, ("serve",), visible_devices())[1]
+    if nodes.count > 1:
+        meeting.call(Rendezvous("serve", 0, "", "", 0, 0))
+    try:
+        with supervised(run, config, devices) as server:
+            set_state(run, "serve", submission.id, "running", f"TRITON_HOST={server.triton_host}")
+            while not over():
+                server.tick()
+                meeting.beat(0) if nodes.count > 1 else None
+                time.sleep(0.2)
+    finally:
+        meeting.end()
+    set_state(run, "serve", submission.id, "done", "ended with the training that it served")
+
+
+def _training_over(run: RunDir, submission: Submission) -> Callable[[], bool]:
+    """Says whether the training that the server is there for has ended; never, where there is none."""
+    looked = float("-inf")
+
+    def over() -> bool:
+        nonlocal looked
+        if submission.job_of("train") is None:
+            return False
+        recorded = recorded_state(run, "train")
+        if recorded is not None and recorded.submission == submission.id and recorded.ended:
+            return True
+        if time.monotonic() - looked < LOOK_S:
+            return False
+        looked = time.monotonic()
+        return resolve(run, submission, "train").ended
+
+    return over
+
+
+def supervised(
+    run: RunDir, config: Config, devices: tuple[str, ...], *, index: int = 0, wait: bool = True
 ) -> AbstractContextManager[Supervisor]:
+    """The run's reward server while the block runs; `index` tells the servers of several nodes apart."""
     from pipeline.serving.sandbox import open_sandbox
     from pipeline.serving.supervisor import supervise  # brings gRPC: not needed while a job waits
 
@@ -72,4 +139,14 @@ def _supervised(
     folder.mkdir(parents=True, exist_ok=True)
     job_id = os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID") or str(os.getpid())
     engine = open_sandbox(run.values("sandbox"))
-    return supervise(run, config, engine, devices, folder / "tritonserver.log", job_id, wait=wait)
+    log_path = folder / ("tritonserver.log" if index == 0 else f"tritonserver-{index}.log")
+    return supervise(run, with_bind(config), engine, devices, log_path, job_id, wait=wait, index=index)
+
+
+def with_bind(config: Config) -> Config:
+    """The configuration with `serving.bind: auto` decided: only a server in a job of its own is on the network."""
+    if config.serving.bind != "auto":
+        return config
+    separate = config.cluster.executor == "slurm" and config.cluster.placement == "separate"
+    serving = config.serving.model_copy(update={"bind": "network" if separate else "unix"})
+    return config.model_copy(update={"serving": serving})

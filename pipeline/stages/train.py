@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.config.schema import Config
+from pipeline.errors import UserError
 from pipeline.run.sources import EMBEDDED
 from pipeline.stages.base import Context, Stage, Work, model_identity, number
 from pipeline.stages.launch import accelerate_config, launch_command, thread_environment
@@ -49,11 +50,16 @@ class Train(Stage):
 
 
 def num_processes(work: Work) -> int:
-    """Training processes: as configured; "auto" is one a device, and 2 on a CPU."""
-    wanted = work.config.train.num_processes
-    if wanted != "auto":
-        return int(wanted)
-    return len(work.devices) or 2
+    """Training processes of all nodes: as configured; "auto" is one a device, and 2 on a CPU."""
+    wanted, count = work.config.train.num_processes, work.nodes.count
+    if wanted == "auto":
+        return count * (len(work.devices) or 2)
+    if wanted % count:
+        raise UserError(
+            f"train.num_processes: {wanted} cannot be shared by {count} nodes (cluster.stages.train.nodes); "
+            f"give a multiple of {count}, or auto"
+        )
+    return wanted
 
 
 def policy_start(config: Config) -> tuple[str, ...]:

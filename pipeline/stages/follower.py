@@ -1,0 +1,95 @@
+"""What runs on the further nodes of a job: their share of the training, and their reward server."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from pathlib import Path
+
+from pipeline import procs
+from pipeline.config.schema import Config
+from pipeline.errors import UserError
+from pipeline.run.directory import RunDir
+from pipeline.run.endpoint import WAIT_VARIABLE
+from pipeline.stages.base import Work
+from pipeline.stages.devices import visible_devices
+from pipeline.stages.execute import FINGERPRINT, STOPPED, environment_of, failure_reason, run_child
+from pipeline.stages.nodes import Meeting, Nodes, Rendezvous
+from pipeline.stages.registry import REGISTRY
+from pipeline.stages.service import share_devices, supervised
+
+log = logging.getLogger("pipeline")
+
+
+def follow_leader(run: RunDir, config: Config, names: tuple[str, ...], nodes: Nodes) -> None:
+    """Do this node's part of the job until the leader's work is over."""
+    if not {"serve", "train"} & set(names):
+        return  # the work of other stages fits one node
+    meeting, since = Meeting(run), time.time()
+    while (rendezvous := meeting.called()) is None:
+        if _over(meeting, since):
+            return
+        meeting.beat(nodes.rank)
+        time.sleep(0.2)
+    try:
+        with contextlib.ExitStack() as stack:
+            train_devices, server_devices = share_devices(config, names, visible_devices())
+            server = None
+            if "serve" in names:
+                server = stack.enter_context(supervised(run, config, server_devices, index=nodes.rank, wait=False))
+
+            def tick() -> None:
+                meeting.beat(nodes.rank)
+                if server is not None:
+                    server.tick()
+                if _over(meeting, since):
+                    raise _LeaderGone
+
+            if "train" in names:
+                _train(run, config, rendezvous, nodes, train_devices, meeting, tick)
+            while True:
+                tick()
+                time.sleep(0.2)
+    except _LeaderGone:
+        return
+    except UserError as error:
+        meeting.beat(nodes.rank, reason=str(error))
+        raise
+
+
+class _LeaderGone(Exception):
+    """The leader's work is over."""
+
+
+def _over(meeting: Meeting, since: float) -> bool:
+    word = meeting.word(0) or {}
+    return "status" in word or meeting.lost(0, since)
+
+
+def _train(
+    run: RunDir,
+    config: Config,
+    rendezvous: Rendezvous,
+    nodes: Nodes,
+    devices: tuple[str, ...],
+    meeting: Meeting,
+    tick: procs.Tick,
+) -> None:
+    """Start this node's processes of the training and report how they ended."""
+    if len(devices) != rendezvous.devices:
+        raise UserError(
+            f"cluster.stages.train: {os.uname().nodename} has {len(devices)} GPUs to train on, the first node "
+            f"{rendezvous.devices}; ask for nodes that are alike"
+        )
+    here = Nodes(nodes.count, nodes.rank, rendezvous.address, rendezvous.port)
+    folder = run.attempt(rendezvous.stage, rendezvous.attempt)
+    work = Work(run, config, folder / "out", devices, nodes=here)
+    stage = REGISTRY[rendezvous.stage]
+    more = {FINGERPRINT: rendezvous.fingerprint, WAIT_VARIABLE: str(config.serving.start_timeout_s)}
+    log_path = Path(folder / f"stdout-{nodes.rank}.log")
+    status = run_child(run.root, stage.command(work), environment_of(stage, work, more), log_path, tick)
+    if status not in (0, STOPPED):
+        raise UserError(failure_reason(status, log_path))
+    meeting.beat(nodes.rank, status=status)
