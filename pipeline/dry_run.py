@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config.schema import Config
+from pipeline.containers.command import choose_engine
+from pipeline.containers.trainer import in_image
 from pipeline.run import snapshot
 from pipeline.run.directory import RunDir
 from pipeline.scheduler import script
@@ -42,23 +44,31 @@ def render_command(run: RunDir, config: Config, stage: str) -> str:
     train_devices, _ = split_devices(devices)
     work = Work(run, config, run.attempt(stage, 0) / "out", train_devices if stage == "train" else devices)
     definition = REGISTRY[stage]
-    environment = " ".join(f"{key}={shlex.quote(value)}" for key, value in definition.environment(work).items())
-    return (environment + " " if environment else "") + shlex.join(definition.command(work))
+    own = definition.environment(work)
+    argv = definition.command(work)
+    if definition.contained:
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(work.devices)} if work.devices else {}
+        argv, _ = in_image(argv, {**own, **visible}, run, config)
+    environment = " ".join(f"{key}={shlex.quote(value)}" for key, value in own.items())
+    return (environment + " " if environment else "") + shlex.join(argv)
 
 
 def render_server(run: RunDir, config: Config) -> str:
     """tritonserver's command line; what is only known when it starts stands in angle brackets."""
     from pipeline.serving import engines
 
-    folder = Path(run.values("sandbox").get("path", "<sandbox>"))
-    name = run.values("sandbox").get("engine") or engines.choose_engine(config.sandbox.engine)
+    made = run.values("sandbox")
+    path = made.get("path", "<sandbox>")
+    name = made.get("engine") or choose_engine(config.sandbox.engine, config.cluster.engine)
+    wanted = "<packages>" if config.sandbox.packages == "trainer" else None
+    packages = Path(site) if (site := made.get("packages", wanted)) else None
     engine: engines.Engine
     if name == "venv":
-        engine = engines.Venv(folder, ())
+        engine = engines.Venv(Path(path), ())
     elif name == "docker":
-        engine = engines.Docker(config.sandbox.image)
+        engine = engines.Docker(path if made else config.sandbox.image, packages=packages)
     else:
-        engine = engines.Apptainer(str(folder / "image"), name=name)
+        engine = engines.Apptainer(path, name=name, packages=packages)
     _, devices = split_devices(_devices(config, "train"))
     address = "unix:<socket folder>/rm.sock" if config.serving.bind == "unix" else "127.0.0.1"
     port = config.serving.grpc_port or 8001

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
-from pipeline.errors import UserError
-from pipeline.serving.engines import Apptainer, Docker, ServerSpec, Venv, build_argv, choose_engine
+from pipeline.serving.engines import Apptainer, Docker, ServerSpec, Venv
 
 IMAGE = "docker://nvcr.io/nvidia/tritonserver:22.08-pyt-python-py3"
 UNIX = ServerSpec(Path("/runs/a/model_store"), "unix:/tmp/s/rm.sock", 8001, ("7",), "triton_x_")
@@ -27,35 +25,49 @@ COMMON = [
 
 
 def test_apptainer_binds_the_store_read_only_and_the_sockets_folder() -> None:
-    assert Apptainer("/cache/image").server_argv(UNIX) == [
-        *["apptainer", "exec", "--nv", "--cleanenv", "--no-home"],
-        *["--bind", "/runs/a/model_store:/model_store:ro", "--bind", "/tmp/s:/tmp/s", "/cache/image"],
+    assert Apptainer("/cache/image.sif", packages=Path("/cache/packages/site")).server_argv(UNIX) == [
+        *["apptainer", "exec", "--nv", "--cleanenv", "--no-home", "--pwd", "/"],
+        *["--bind", "/runs/a/model_store:/model_store:ro", "--bind", "/tmp/s:/tmp/s"],
+        *["--bind", "/cache/packages/site:/hh-packages:ro", "/cache/image.sif"],
         *["tritonserver", "--model-repository=/model_store", *COMMON],
     ]
 
 
 def test_singularity_differs_by_name_only_and_binds_no_socket_with_tcp() -> None:
     argv = Apptainer("/cache/image", name="singularity").server_argv(LOOPBACK)
-    assert argv[:8] == [
-        *["singularity", "exec", "--nv", "--cleanenv", "--no-home"],
+    assert argv[:9] == [
+        *["singularity", "exec", "--cleanenv", "--no-home", "--pwd", "/"],  # without GPUs no --nv, which would complain
         *["--bind", "/runs/a/model_store:/model_store:ro", "/cache/image"],
     ]
     assert "--grpc-address=127.0.0.1" in argv
     assert "--grpc-port=40001" in argv
 
 
-def test_both_prefixes_carry_the_devices_into_the_container() -> None:
-    env = Apptainer("/cache/image").server_env(UNIX, {"HOME": "/home/u", "OMP_NUM_THREADS": "2"})
+def test_a_container_finds_its_certificates_where_they_are_bound() -> None:
+    spec = replace(LOOPBACK, tls=Path("/runs/a, b/services/tls"))
+    argv = Apptainer("/cache/image").server_argv(spec)
+    assert argv[argv.index("--mount") + 1] == 'type=bind,"source=/runs/a, b/services/tls",destination=/hh-tls,ro'
+    assert "--grpc-server-key=/hh-tls/server.key" in argv
+    venv = Venv(Path("/c/server-1"), ()).server_argv(spec)
+    assert "--grpc-server-key=/runs/a, b/services/tls/server.key" in venv
+
+
+def test_both_prefixes_carry_devices_packages_and_marks_into_the_container() -> None:
+    outside = {"HOME": "/home/u", "OMP_NUM_THREADS": "2", "HH_PIPELINE_RUN": "/runs/a", "APPTAINERENV_PATH": "/x"}
+    env = Apptainer("/cache/image", packages=Path("/p")).server_env(UNIX, outside)
+    inside = {"CUDA_VISIBLE_DEVICES": "7", "OMP_NUM_THREADS": "2", "HH_PIPELINE_PACKAGES": "/hh-packages"}
     for prefix in ("APPTAINERENV", "SINGULARITYENV"):
-        assert env[f"{prefix}_CUDA_VISIBLE_DEVICES"] == "7"
-        assert env[f"{prefix}_OMP_NUM_THREADS"] == "2"
-    assert env["HOME"] == "/home/u"
+        for name, value in {**inside, "HH_PIPELINE_RUN": "/runs/a"}.items():
+            assert env.pop(f"{prefix}_{name}") == value
+    assert env == {"HOME": "/home/u", "OMP_NUM_THREADS": "2", "HH_PIPELINE_RUN": "/runs/a"}
 
 
 def test_docker_runs_as_the_user_without_a_network() -> None:
-    assert Docker(IMAGE, user="1000:100").server_argv(UNIX) == [
+    assert Docker(IMAGE, user="1000:100", packages=Path("/p")).server_argv(UNIX) == [
         *["docker", "run", "--rm", "--init", "--ipc=host", "--user=1000:100", "--network=none"],
-        *["--gpus", '"device=7"', "--volume", "/runs/a/model_store:/model_store:ro", "--volume", "/tmp/s:/tmp/s"],
+        *["--gpus", '"device=7"', "--mount", "type=bind,source=/runs/a/model_store,target=/model_store,readonly"],
+        *["--mount", "type=bind,source=/tmp/s,target=/tmp/s"],
+        *["--mount", "type=bind,source=/p,target=/hh-packages,readonly", "--env=HH_PIPELINE_PACKAGES=/hh-packages"],
         *["nvcr.io/nvidia/tritonserver:22.08-pyt-python-py3", "tritonserver"],
         *["--model-repository=/model_store", *COMMON],
     ]
@@ -78,29 +90,3 @@ def test_venv_puts_its_own_python_and_libraries_first_and_no_foreign_packages() 
         "A": "b",
         "CUDA_VISIBLE_DEVICES": "",
     }
-
-
-def test_auto_prefers_apptainer_then_singularity_then_docker_then_the_venv() -> None:
-    def having(*names: str) -> object:
-        return lambda name: f"/usr/bin/{name}" if name in names else None
-
-    assert choose_engine("auto", having("docker", "singularity", "apptainer")) == "apptainer"  # type: ignore[arg-type]
-    assert choose_engine("auto", having("docker", "singularity")) == "singularity"  # type: ignore[arg-type]
-    assert choose_engine("auto", having("docker")) == "docker"  # type: ignore[arg-type]
-    assert choose_engine("auto", having()) == "venv"  # type: ignore[arg-type]
-    assert choose_engine("venv", having("docker")) == "venv"  # type: ignore[arg-type]
-
-
-def test_a_named_engine_must_be_installed() -> None:
-    with pytest.raises(UserError, match=r"sandbox\.engine: singularity is not on PATH; use docker or venv"):
-        choose_engine("singularity", lambda name: "/usr/bin/docker" if name == "docker" else None)
-
-
-def test_images_are_fetched_with_the_engines_own_command() -> None:
-    target = Path("/cache/image")
-    assert build_argv("singularity", IMAGE, target) == ["singularity", "build", "--sandbox", "/cache/image", IMAGE]
-    assert build_argv("docker", IMAGE, target) == [
-        "docker",
-        "pull",
-        "nvcr.io/nvidia/tritonserver:22.08-pyt-python-py3",
-    ]

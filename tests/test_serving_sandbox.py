@@ -13,8 +13,9 @@ import pytest
 
 from pipeline import procs
 from pipeline.config.load import check
+from pipeline.containers.steps import run_step
 from pipeline.errors import UserError
-from pipeline.run import atomic
+from pipeline.run import atomic, build_cache
 from pipeline.serving import environment, sandbox
 
 
@@ -28,7 +29,7 @@ def always(_: Path) -> bool:
 
 
 def test_an_entry_is_built_once(tmp_path: Path) -> None:
-    built = [sandbox.cached(tmp_path, "server-1", write_manifest, always) for _ in range(2)]
+    built = [build_cache.cached(tmp_path, "server-1", write_manifest, always) for _ in range(2)]
     assert built == [(tmp_path / "server-1", {"made": True}, True), (tmp_path / "server-1", {"made": True}, False)]
     assert os.listdir(tmp_path) == ["server-1"]
 
@@ -39,7 +40,7 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
         raise UserError("no index")
 
     with pytest.raises(UserError, match="no index"):
-        sandbox.cached(tmp_path, "server-1", fail, always)
+        build_cache.cached(tmp_path, "server-1", fail, always)
     assert os.listdir(tmp_path) == []
 
 
@@ -49,7 +50,7 @@ def test_what_a_killed_builder_left_is_removed_and_not_trusted(tmp_path: Path) -
     (tmp_path / "server-1.building").mkdir()
     (tmp_path / "server-1.building" / "half").write_text("x")
     (tmp_path / "server-1").mkdir()  # a folder without a manifest
-    folder, _, built = sandbox.cached(tmp_path, "server-1", write_manifest, always)
+    folder, _, built = build_cache.cached(tmp_path, "server-1", write_manifest, always)
     assert built
     assert os.listdir(folder) == ["manifest.json"]
     assert os.listdir(tmp_path) == ["server-1"]
@@ -63,14 +64,14 @@ def test_a_second_builder_waits_for_the_first(tmp_path: Path, monkeypatch: pytes
         write_manifest(tmp_path / "server-1")
         lock.unlink()
 
-    monkeypatch.setattr(sandbox.time, "sleep", first_builder_finishes)
-    _, _, built = sandbox.cached(tmp_path, "server-1", write_manifest, always)
+    monkeypatch.setattr(build_cache.time, "sleep", first_builder_finishes)
+    _, _, built = build_cache.cached(tmp_path, "server-1", write_manifest, always)
     assert not built
 
 
 def test_an_environment_whose_python_is_gone_is_built_again(tmp_path: Path) -> None:
-    sandbox.cached(tmp_path, "server-1", write_manifest, always)
-    _, _, built = sandbox.cached(tmp_path, "server-1", write_manifest, lambda folder: (folder / "bin").exists())
+    build_cache.cached(tmp_path, "server-1", write_manifest, always)
+    _, _, built = build_cache.cached(tmp_path, "server-1", write_manifest, lambda folder: (folder / "bin").exists())
     assert built
 
 
@@ -102,7 +103,7 @@ def test_a_missing_libpython_names_the_package(monkeypatch: pytest.MonkeyPatch) 
 def test_a_failing_step_is_one_line_with_the_error_and_the_log(tmp_path: Path) -> None:
     script = "print('Collecting'); print('ERROR: No matching distribution found for torch==9'); raise SystemExit(1)"
     with pytest.raises(UserError, match=r"No matching distribution found for torch==9; set an index \(log: .*log\)$"):
-        environment.run_step([sys.executable, "-c", script], os.environ, tmp_path / "log", "set an index")
+        run_step([sys.executable, "-c", script], os.environ, tmp_path / "log", "set an index")
     assert "Collecting" in (tmp_path / "log").read_text()
 
 
@@ -113,8 +114,11 @@ def test_engine_none_has_no_sandbox(tmp_path: Path) -> None:
 
 
 def test_a_sandbox_that_is_gone_says_how_to_get_it_back(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--force --stage sandbox"):
-        sandbox.open_sandbox({"engine": "venv", "path": str(tmp_path / "gone")})
+    gone = str(tmp_path / "gone")
+    for values in ({"engine": "venv"}, {"engine": "apptainer", "digest": "sha256:1", "packages": None}):
+        opening = sandbox.open_sandbox({**values, "path": gone}, tmp_path / "log")
+        with pytest.raises(UserError, match="--force --stage sandbox"), opening:
+            pass
 
 
 def test_the_cache_is_where_the_configuration_or_the_desktop_standard_says(monkeypatch: pytest.MonkeyPatch) -> None:

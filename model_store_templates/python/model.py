@@ -10,15 +10,17 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+# Packages that were bound into the server's container come before its own. PYTHONPATH does not reach this process.
+sys.path[:0] = [str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("HH_PIPELINE_PACKAGES")])]
+
 import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from scoring import RewardModel  # the copy beside this file
 
 

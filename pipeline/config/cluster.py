@@ -77,6 +77,8 @@ class Cluster(Section):
     """Folder that all nodes see, for models, data and images; default: the user's own cache folders."""
     trainer_image: str | None = Field(None, min_length=1)
     """A .sif file or sandbox folder (containers/trainer.def) in which the stages' work runs; None: no container."""
+    binds: tuple[Text, ...] = ()
+    """Further folders that the trainer's container sees, such as a site's project space; $VARIABLES are expanded."""
     retries: int = Field(0, ge=0, le=10)
     """How often a stage is submitted again that Slurm ended: out of memory or time, or for a failed node."""
     retry_growth: float = Field(1.5, gt=1, le=4)

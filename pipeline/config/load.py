@@ -119,7 +119,8 @@ _PATHS: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
     ("data", "source", lambda path: path not in ("demo", "hh") and os.path.isdir(path)),
     ("reward_model", "checkpoint", os.path.isdir),
     ("train", "accelerate_config", lambda path: path.endswith((".yaml", ".yml")) and os.path.isfile(path)),
-    ("sandbox", "image", os.path.isfile),
+    ("sandbox", "image", os.path.exists),
+    ("cluster", "trainer_image", os.path.exists),
     ("sandbox", "cache_dir", bool),  # always a folder, though it may have to be made
 )
 """Settings that may name a file or folder, and how to tell that one does: a hub id or a name must stay what it is."""

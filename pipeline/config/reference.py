@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from pipeline.config import cluster, schema
+from pipeline.config import cluster, schema, serving
 from pipeline.errors import run_command
 
 
@@ -48,7 +48,7 @@ def _field_docstrings(section: type[BaseModel]) -> dict[str, str]:
     """The string literal behind each field, of the class and of those it inherits from."""
     found: dict[str, str] = {}
     for base in reversed(section.__mro__):
-        if base.__module__ not in (schema.__name__, cluster.__name__):
+        if base.__module__ not in (schema.__name__, cluster.__name__, serving.__name__):
             continue
         (definition,) = ast.parse(inspect.getsource(base)).body
         assert isinstance(definition, ast.ClassDef)

@@ -18,7 +18,8 @@ from pipeline.data.preferences import SPLITS, Preference, write_jsonl
 from pipeline.data.sources import load_source
 from pipeline.errors import run_command
 from pipeline.run.sources import EMBEDDED
-from pipeline.run.work import parse_work, write_result
+from pipeline.run.work import forced, parse_work, write_result
+from pipeline.serving import sandbox
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ def main(argv: list[str] | None = None) -> None:
         values["parameters"] = build_model(config, _texts(splits["train"]), out / "model")
         artifacts["model"] = "model"
     values["snapshots"] = fetch_models(config)
+    if "sandbox" in config.all:
+        values["sandbox"] = sandbox.fetch(config, out / "image.log", lambda text: _log.info("%s", text), forced())
     write_result(out, artifacts, values)
 
 

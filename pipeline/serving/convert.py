@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config.schema import Serving
+from pipeline.config.serving import Serving
 from pipeline.errors import UserError, run_command
 from pipeline.run.sources import reward_model_path
 from pipeline.run.work import Progress, parse_work, write_result

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.containers.command import Bind, docker_argv, exec_argv, exec_environment
+from pipeline.containers.packages import IN_CONTAINER, VARIABLE
 
-CONTAINERS = ("apptainer", "singularity", "docker")
-"""Container engines in the order in which "auto" prefers them."""
 STORE_IN_CONTAINER = "/model_store"
+TLS_IN_CONTAINER = "/hh-tls"
 
 _FOREIGN_PYTHON = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
 
@@ -41,10 +40,10 @@ class ServerSpec:
         return Path(self.grpc_address.removeprefix("unix:")).parent if self.grpc_address.startswith("unix:") else None
 
 
-def server_flags(spec: ServerSpec, repository: str) -> list[str]:
+def server_flags(spec: ServerSpec) -> list[str]:
     """tritonserver's arguments: gRPC only, one fixed model, no configuration guessing, no HTTP, no metrics port."""
     return [
-        f"--model-repository={repository}",
+        f"--model-repository={spec.model_repository}",
         "--model-control-mode=none",
         "--disable-auto-complete-config",
         f"--grpc-address={spec.grpc_address}",
@@ -94,7 +93,7 @@ class Venv(Engine):
         return [
             str(self.path / "tritonserver"),
             f"--backend-directory={self.path / 'backends'}",
-            *server_flags(spec, str(spec.model_repository)),
+            *server_flags(spec),
         ]
 
     def server_env(self, spec: ServerSpec, environ: Mapping[str, str]) -> dict[str, str]:
@@ -119,29 +118,16 @@ class Apptainer(Engine):
     image: str
     """A sandbox folder or a .sif file."""
     name: str = "apptainer"
+    packages: Path | None = None
+    """Folder of Python packages that are bound in beside the image's own."""
 
     def server_argv(self, spec: ServerSpec) -> list[str]:
-        return [*self.exec_argv(spec), "tritonserver", *server_flags(spec, STORE_IN_CONTAINER)]
-
-    def exec_argv(self, spec: ServerSpec) -> list[str]:
-        """The engine's own part of the command: GPUs, and nothing of the host but the store and the socket."""
-        binds = ["--bind", f"{spec.model_repository}:{STORE_IN_CONTAINER}:ro"]
-        if spec.socket_folder is not None:
-            binds += ["--bind", f"{spec.socket_folder}:{spec.socket_folder}"]
-        if spec.tls is not None:
-            binds += ["--bind", f"{spec.tls}:{spec.tls}:ro"]
-        return [self.name, "exec", "--nv", "--cleanenv", "--no-home", *binds, self.image]
+        start = exec_argv(self.name, self.image, _binds(spec, self.packages), bool(spec.devices), own_environment=True)
+        return [*start, "tritonserver", *server_flags(_inside(spec))]
 
     def server_env(self, spec: ServerSpec, environ: Mapping[str, str]) -> dict[str, str]:
-        env = dict(environ)
-        inside = {"CUDA_VISIBLE_DEVICES": ",".join(spec.devices)}
-        for key in ("OMP_NUM_THREADS",):
-            if key in environ:
-                inside[key] = environ[key]
-        for key, value in inside.items():  # either engine reads either prefix only in some versions: set both
-            env[f"APPTAINERENV_{key}"] = value
-            env[f"SINGULARITYENV_{key}"] = value
-        return env
+        inside = {"CUDA_VISIBLE_DEVICES": ",".join(spec.devices), **_packages_variable(self.packages)}
+        return exec_environment(environ, inside)
 
 
 @dataclass(frozen=True)
@@ -152,46 +138,42 @@ class Docker(Engine):
     name: str = "docker"
     user: str = ""
     """"uid:gid"; empty takes the calling process's."""
+    packages: Path | None = None
 
     def server_argv(self, spec: ServerSpec) -> list[str]:
         user = self.user or f"{os.getuid()}:{os.getgid()}"
-        argv = ["docker", "run", "--rm", "--init", "--ipc=host", f"--user={user}"]
-        argv += ["--network=none" if spec.socket_folder is not None else "--network=host"]
-        if spec.devices:
-            argv += ["--gpus", f'"device={",".join(spec.devices)}"']  # the quotes are docker's own: the value is CSV
-        argv += ["--volume", f"{spec.model_repository}:{STORE_IN_CONTAINER}:ro"]
-        if spec.socket_folder is not None:
-            argv += ["--volume", f"{spec.socket_folder}:{spec.socket_folder}"]
-        if spec.tls is not None:
-            argv += ["--volume", f"{spec.tls}:{spec.tls}:ro"]
-        return [*argv, docker_image(self.image), "tritonserver", *server_flags(spec, STORE_IN_CONTAINER)]
+        start = docker_argv(
+            docker_image(self.image), _binds(spec, self.packages), spec.devices, spec.socket_folder is None, user
+        )
+        options = [f"--env={key}={value}" for key, value in _packages_variable(self.packages).items()]
+        return [*start[:-1], *options, start[-1], "tritonserver", *server_flags(_inside(spec))]
 
     def server_env(self, spec: ServerSpec, environ: Mapping[str, str]) -> dict[str, str]:
         return dict(environ)  # the container's own environment comes from its image and from --gpus
 
 
-def choose_engine(name: str, which: Callable[[str], str | None] = shutil.which) -> str:
-    """Resolve `sandbox.engine`: "auto" takes the first container engine on PATH, else "venv".
-
-    Raises UserError when the named engine is not installed.
-    """
-    if name == "auto":
-        return next((engine for engine in CONTAINERS if which(engine)), "venv")
-    if name in CONTAINERS and which(name) is None:
-        found = [engine for engine in CONTAINERS if which(engine)]
-        raise UserError(f"sandbox.engine: {name} is not on PATH; use {' or '.join([*found, 'venv'])}, or install it")
-    return name
-
-
-def build_argv(name: str, image: str, target: Path) -> list[str]:
-    """The command that fetches `image`; Singularity and Apptainer unpack it into the folder `target`."""
-    if name == "docker":
-        return ["docker", "pull", docker_image(image)]
-    if name in ("apptainer", "singularity"):
-        return [name, "build", "--sandbox", str(target), image]
-    raise ValueError(f"{name} builds no image")
-
-
 def docker_image(image: str) -> str:
     """The image's name as docker writes it, without the docker:// of Singularity."""
     return image.removeprefix("docker://")
+
+
+def _binds(spec: ServerSpec, packages: Path | None) -> list[Bind]:
+    """What a server's container sees of the host: its store, its socket, its certificates and its packages."""
+    binds = [Bind(spec.model_repository, STORE_IN_CONTAINER)]
+    if spec.socket_folder is not None:
+        binds.append(Bind(spec.socket_folder, str(spec.socket_folder), writable=True))
+    if spec.tls is not None:
+        binds.append(Bind(spec.tls, TLS_IN_CONTAINER))
+    if packages is not None:
+        binds.append(Bind(packages, IN_CONTAINER))
+    return binds
+
+
+def _inside(spec: ServerSpec) -> ServerSpec:
+    """The spec as it reads in a container."""
+    tls = Path(TLS_IN_CONTAINER) if spec.tls is not None else None
+    return replace(spec, model_repository=Path(STORE_IN_CONTAINER), tls=tls)
+
+
+def _packages_variable(packages: Path | None) -> dict[str, str]:
+    return {VARIABLE: IN_CONTAINER} if packages is not None else {}

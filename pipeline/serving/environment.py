@@ -13,7 +13,6 @@ import os
 import platform
 import sys
 import sysconfig
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from pipeline import procs
+from pipeline.containers.steps import last_line, run_step
 from pipeline.errors import UserError
 from pipeline.run import atomic
 from pipeline.run.hashing import fingerprint
@@ -38,8 +38,19 @@ logger = logging.getLogger(__name__)
 
 
 def requirements() -> list[str]:
-    """Exact pins: the server, numpy, and torch and transformers with all that they need, as in this environment."""
-    pins = {canonicalize_name(name): pin for name, pin in (("nvidia-pytriton", SERVER_WHEEL), ("numpy", NUMPY))}
+    """Exact pins: the server, and what its Python needs."""
+    return sorted([*package_pins(), SERVER_WHEEL], key=lambda pin: pin.partition("==")[0])
+
+
+def package_pins(python: str | None = None) -> list[str]:
+    """Exact pins of torch and transformers with all that they need, as in this environment, and of an older numpy.
+
+    `python` is the minor version that they are for, as in "3.12"; by default this interpreter's.
+    """
+    pins = {"numpy": NUMPY}
+    target = {"extra": ""}
+    if python is not None:
+        target |= {"python_version": python, "python_full_version": f"{python}.0"}
     waiting = ["torch", "transformers"]
     while waiting:
         name = canonicalize_name(waiting.pop())
@@ -51,7 +62,7 @@ def requirements() -> list[str]:
             raise UserError(f"{name}: not installed here, but the server needs it; run: pip install {name}") from None
         pins[name] = f"{name}=={distribution.version}"
         needed = [Requirement(text) for text in distribution.requires or []]
-        waiting += [need.name for need in needed if need.marker is None or need.marker.evaluate({"extra": ""})]
+        waiting += [need.name for need in needed if need.marker is None or need.marker.evaluate(target)]
     return [pins[name] for name in sorted(pins)]
 
 
@@ -160,7 +171,7 @@ def _verify(engine: Venv) -> None:
     env = engine.tool_env(os.environ)
     _, text = procs.capture([str(engine.path / "tritonserver"), "--help"], env=env)
     if "--model-repository" not in text:  # asked for help, it exits with status 1
-        raise UserError(f"sandbox: tritonserver does not run here: {_last_line(text)}")
+        raise UserError(f"sandbox: tritonserver does not run here: {last_line(text)}")
     stub = engine.path / "backends" / "python" / "triton_python_backend_stub"
     status, text = procs.capture(["ldd", str(stub)], env=env)
     missing = [line.split()[0] for line in text.splitlines() if "not found" in line]
@@ -169,30 +180,4 @@ def _verify(engine: Venv) -> None:
     check = "import torch, transformers, numpy; print(torch.ones(2).numpy().sum(), transformers.__version__)"
     status, text = procs.capture([str(engine.path / "bin" / "python"), "-I", "-c", check], env=env, timeout_s=300)
     if status != 0:
-        raise UserError(f"sandbox: the server's Python cannot import torch and transformers: {_last_line(text)}")
-
-
-def run_step(argv: list[str], env: Mapping[str, str], log: Path, remedy: str) -> None:
-    """Run a step with its output appended to `log`; a failure names the last line that it wrote."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
-        start = output.tell()
-        process = procs.spawn(argv, env=env, output=output)
-        try:
-            while process.poll() is None:
-                time.sleep(0.05)
-        except BaseException:
-            procs.end_tree(process, grace_s=2.0)
-            raise
-    if process.returncode != 0:
-        with log.open("rb") as written:
-            written.seek(start)
-            text = written.read().decode("utf-8", "replace")
-        raise UserError(f"sandbox: {' '.join(argv[1:4])} failed: {_last_line(text)}; {remedy} (log: {log})")
-
-
-def _last_line(text: str) -> str:
-    """The last line that tells of an error, or else the last line."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if line.lower().startswith("error")]
-    return (errors or lines or ["no output"])[-1]
+        raise UserError(f"sandbox: the server's Python cannot import torch and transformers: {last_line(text)}")

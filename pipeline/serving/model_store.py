@@ -21,7 +21,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from pipeline.config.schema import Serving
+from pipeline.config.serving import Serving
 from pipeline.errors import UserError
 from pipeline.resources import resource_dir
 from pipeline.run import atomic

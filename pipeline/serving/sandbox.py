@@ -5,31 +5,34 @@ python -m pipeline.serving.sandbox --run RUN --out DIR
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import shutil
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline import procs
 from pipeline.config.schema import Config
+from pipeline.containers import images, packages
+from pipeline.containers.command import Bind, choose_engine, docker_argv, exec_argv, exec_environment
+from pipeline.containers.images import Note
+from pipeline.containers.source import parse_source
+from pipeline.containers.steps import last_line
 from pipeline.errors import UserError, run_command
 from pipeline.run import atomic
+from pipeline.run.build_cache import MANIFEST, cached
 from pipeline.run.hashing import fingerprint
-from pipeline.run.lock import lock
-from pipeline.run.work import Progress, parse_work, write_result
+from pipeline.run.work import Progress, forced, parse_work, write_result
 from pipeline.serving import environment
-from pipeline.serving.engines import Apptainer, Docker, Engine, build_argv, choose_engine, docker_image
+from pipeline.serving.engines import Apptainer, Docker, Engine
 
-MANIFEST = "manifest.json"
-_WAIT_S = 3600.0
+_CHECK_S = 600.0
+"""A .sif file that cannot be mounted is unpacked for each command: that takes minutes."""
 
 logger = logging.getLogger(__name__)
-
-Builder = Callable[[Path], dict[str, Any]]
-"""Fills a new folder and returns the manifest that it wrote there, last."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,53 +45,79 @@ def main(argv: list[str] | None = None) -> None:
         logger.info("%s", text)
         progress.update(next(steps, 3), text)
 
-    values = prepare(config, out / "build.log", note)
+    values = prepare(config, out / "build.log", note, forced())
     state = "built" if values["built"] else "found in the cache"
     logger.info("%s sandbox %s in %.1f s: %s", values["engine"], state, values["seconds"], values["path"])
     progress.update(4, state)
     write_result(out, {}, values)
 
 
-def prepare(config: Config, log: Path, note: Callable[[str], None]) -> dict[str, Any]:
+def prepare(config: Config, log: Path, note: Note, fresh: bool = False) -> dict[str, Any]:
     """Build the configured sandbox, or find it in the cache; return what `open_sandbox` needs.
 
-    Raises UserError when the engine is missing or a build step fails; nothing half-built is left to be trusted.
+    `fresh` looks again which image a tag stands for. Raises UserError when the engine is missing or a build step
+    fails; nothing half-built is left to be trusted.
     """
     started = time.monotonic()
-    cache = cache_dir(config)
-    engine = choose_engine(config.sandbox.engine)
+    engine = engine_of(config)
     if engine == "none":
         raise UserError('sandbox.engine: "none" starts no server and needs no sandbox; leave this stage out of `all`')
-    if engine == "venv":
-        environment.check_platform()
-        pins = environment.requirements()
-        key = environment.environment_key(pins)
-        folder, manifest, built = cached(
-            cache, f"server-{key}", lambda target: environment.build(target, pins, log, note), _usable_venv
-        )
-        values = {"python": manifest["python"], "tritonserver": manifest["tritonserver"]}
+    make = _prepare_venv if engine == "venv" else _prepare_container
+    return {"engine": engine, **make(config, engine, log, note, fresh), "seconds": round(time.monotonic() - started, 3)}
+
+
+def fetch(config: Config, log: Path, note: Note, fresh: bool = False) -> dict[str, Any]:
+    """Fetch what a container sandbox takes from the network, so that it can be built where there is none.
+
+    Returns what was fetched, for the record; empty where the engine needs no image, or makes it only with a network.
+    """
+    engine = engine_of(config)
+    if engine in ("venv", "none", "docker"):
+        return {}
+    source, cache = parse_source(config.sandbox.image), cache_dir(config)
+    fetched: dict[str, Any] = {"image": source.text}
+    if source.kind == "definition":  # its build takes the network
+        fetched["digest"] = images.make(source, engine, _as_folder(config), cache, log, note).digest
     else:
-        image = config.sandbox.image
-        key = fingerprint([engine, image])[:16]
-        folder, manifest, built = cached(
-            cache, f"image-{key}", lambda target: _fetch_image(engine, image, target, log, note), lambda _: True
-        )
-        values = {"image": image, "tritonserver": manifest["tritonserver"]}
-    seconds = round(time.monotonic() - started, 3)
-    return {"engine": engine, "path": str(folder), **values, "key": key, "built": built, "seconds": seconds}
+        fetched["digest"] = images.fetch(source, cache, note, fresh)
+    if config.sandbox.packages == "trainer":
+        note("fetching the server's Python packages")
+        pins, python = environment.package_pins(config.sandbox.python), config.sandbox.python
+        fetched["packages"] = str(packages.install(pins, python, cache, log)[0])
+    return fetched
 
 
-def open_sandbox(values: Mapping[str, Any]) -> Engine:
-    """The engine that the sandbox stage's values describe; UserError when its folder is gone."""
+@contextlib.contextmanager
+def open_sandbox(values: Mapping[str, Any], log: Path) -> Iterator[Engine]:
+    """The engine that the sandbox stage's values describe, while the block runs; UserError when its files are gone.
+
+    With `unpack_on_node` the image is unpacked on this node's own disk first, and removed in the end.
+    """
     folder = Path(values["path"])
-    manifest = atomic.read_json(folder / MANIFEST)
-    if manifest is None:
-        raise UserError(f"{folder}: the sandbox is gone; run it again with --force --stage sandbox")
     if values["engine"] == "venv":
-        return environment.open_environment(folder, manifest)
+        manifest = atomic.read_json(folder / MANIFEST)
+        if manifest is None:
+            raise UserError(f"{folder}: the sandbox is gone; run it again with --force --stage sandbox")
+        yield environment.open_environment(folder, manifest)
+        return
+    site = Path(values["packages"]) if values.get("packages") else None
     if values["engine"] == "docker":
-        return Docker(values["image"])
-    return Apptainer(str(folder / "image"), name=values["engine"])
+        yield Docker(values["path"], packages=site)
+        return
+    for part in filter(None, (folder, site)):
+        if not part.exists():
+            raise UserError(f"{part}: the sandbox is gone; run it again with --force --stage sandbox")
+    image = images.Image(values["engine"], str(folder), values["digest"], built=False)
+    with contextlib.ExitStack() as stack:
+        if values.get("unpack_on_node"):
+            place = stack.enter_context(tempfile.TemporaryDirectory(prefix="hh-image-", ignore_cleanup_errors=True))
+            image = images.unpack(image, Path(place) / "image", log)
+        yield Apptainer(image.file, name=image.engine, packages=site)
+
+
+def engine_of(config: Config) -> str:
+    """The engine that the configuration comes to on this machine."""
+    return choose_engine(config.sandbox.engine, config.cluster.engine)
 
 
 def cache_dir(config: Config) -> Path:
@@ -99,75 +128,84 @@ def cache_dir(config: Config) -> Path:
     return Path(base) / "hh-pipeline"
 
 
-def cached(cache: Path, name: str, build: Builder, usable: Callable[[Path], bool]) -> tuple[Path, dict[str, Any], bool]:
-    """Return (folder, manifest, whether it was built now) of the cache entry `name`.
+def _prepare_venv(config: Config, engine: str, log: Path, note: Note, fresh: bool) -> dict[str, Any]:
+    environment.check_platform()
+    pins = environment.requirements()
+    key = environment.environment_key(pins)
+    folder, manifest, built = cached(
+        cache_dir(config), f"server-{key}", lambda target: environment.build(target, pins, log, note), _usable_venv
+    )
+    versions = {"python": manifest["python"], "tritonserver": manifest["tritonserver"]}
+    return {"path": str(folder), **versions, "key": key, "built": built}
 
-    An entry is built in a folder beside it and renamed when complete, so whatever bears the name can be trusted;
-    one builder works at a time and others wait for it. What an interrupted builder left is removed by the next.
+
+def _prepare_container(config: Config, engine: str, log: Path, note: Note, fresh: bool) -> dict[str, Any]:
+    cache, settings = cache_dir(config), config.sandbox
+    source = parse_source(settings.image)
+    image = images.make(source, engine, _as_folder(config), cache, log, note, fresh)
+    site, installed = None, False
+    if settings.packages == "trainer":
+        note("looking for the server's Python packages")
+        site, installed = packages.install(environment.package_pins(settings.python), settings.python, cache, log)
+    note("checking the image")
+    inside = inside_argv(image, site)
+    found = check_image(inside, settings.python if site else None)
+    return {
+        "path": image.file,
+        "image": source.text,
+        "digest": image.digest,
+        "packages": str(site) if site else None,
+        "unpack_on_node": settings.unpack_on_node,
+        "engine_version": images.version(engine),
+        **found,
+        "key": fingerprint([engine, image.digest, str(site)])[:16],
+        "built": image.built or installed,
+    }
+
+
+def _as_folder(config: Config) -> bool:
+    """Whether the cache keeps a sandbox folder; what nodes unpack for themselves is kept as one file."""
+    return config.sandbox.format == "sandbox" and not config.sandbox.unpack_on_node
+
+
+def inside_argv(image: images.Image, site: Path | None) -> list[str]:
+    """What stands before a command that shall run in the image as the server does, without GPUs and network."""
+    binds = [Bind(site, packages.IN_CONTAINER)] if site else []
+    if image.engine == "docker":
+        return docker_argv(image.file, binds, (), network=False, user=f"{os.getuid()}:{os.getgid()}")
+    return exec_argv(image.engine, image.file, binds, gpus=False, own_environment=True)
+
+
+def check_image(inside: list[str], python: str | None) -> dict[str, str]:
+    """Run the image's server and Python once; returns their versions. UserError when they cannot serve.
+
+    `python` is the minor version that packages were bound in for; None where the image brings its own.
     """
-    folder, building, lock_file = cache / name, cache / f"{name}.building", cache / f"{name}.lock"
-    deadline = time.monotonic() + _WAIT_S
-    while True:
-        manifest = atomic.read_json(folder / MANIFEST)
-        if manifest is not None and usable(folder):
-            return folder, manifest, False
-        if _held(lock_file):
-            if time.monotonic() > deadline:
-                raise UserError(f"{lock_file}: still held after {_WAIT_S:.0f} s; delete it if that build is gone")
-            time.sleep(0.5)
-            continue
-        with lock(lock_file, f"building {name}"):
-            if (folder / MANIFEST).exists() and usable(folder):  # another builder finished between our two looks
-                continue
-            shutil.rmtree(building, ignore_errors=True)
-            shutil.rmtree(folder, ignore_errors=True)
-            with atomic.disk_errors(building):
-                building.mkdir(parents=True)
-            try:
-                manifest = build(building)
-                building.rename(folder)
-            finally:
-                shutil.rmtree(building, ignore_errors=True)
-            atomic.sync_directory(cache)
-            return folder, manifest, True
-
-
-def _held(lock_file: Path) -> bool:
-    """Whether a live process holds the lock."""
-    held = atomic.read_json(lock_file)
-    if held is None:
-        return False
-    holder = procs.ProcessId(held["host"], held["pid"], held["start"], held["boot"])
-    if holder.alive():
-        logger.info("waiting for process %d on %s, which is building the sandbox", holder.pid, holder.host)
-        return True
-    return False
+    env = exec_environment(os.environ, {})
+    status, text = procs.capture([*inside, "tritonserver", "--help"], env=env, timeout_s=_CHECK_S)
+    if "--model-repository" not in text:  # asked for help, it exits with status 1
+        raise UserError(f"sandbox.image: tritonserver does not run in it: {last_line(text)}")
+    version = "import sys; print('%d.%d' % sys.version_info[:2])"
+    status, text = procs.capture([*inside, "python3", "-c", version], env=env, timeout_s=_CHECK_S)
+    found = text.split()[-1] if status == 0 and text.split() else ""
+    if not found:
+        raise UserError(f"sandbox.image: it has no python3 that runs: {last_line(text)}")
+    if python is not None and found != python:
+        raise UserError(f'sandbox.python: the image has Python {found}, not {python}; set sandbox.python="{found}"')
+    path = f"import sys; sys.path.insert(0, {packages.IN_CONTAINER!r}); " if python is not None else ""
+    status, text = procs.capture(
+        [*inside, "python3", "-c", f"{path}import numpy, torch, transformers"], env=env, timeout_s=_CHECK_S
+    )
+    if status != 0:
+        remedy = "use sandbox.packages=trainer" if python is None else "take a newer image, or another sandbox.python"
+        raise UserError(f"sandbox.image: its Python cannot import torch and transformers: {last_line(text)}; {remedy}")
+    status, text = procs.capture([*inside, "printenv", "TRITON_SERVER_VERSION"], env=env, timeout_s=_CHECK_S)
+    return {"python": found, "tritonserver": text.split()[-1] if status == 0 and text.split() else "unknown"}
 
 
 def _usable_venv(folder: Path) -> bool:
     """Whether the interpreter that the environment was made from still exists."""
     return (folder / "bin" / "python").exists() and (folder / "tritonserver").exists()
-
-
-def _fetch_image(engine: str, image: str, target: Path, log: Path, note: Callable[[str], None]) -> dict[str, Any]:
-    """Fetch a container image and check that its Python can serve the `python` model store flavour."""
-    note(f"fetching {image}")
-    environment.run_step(build_argv(engine, image, target / "image"), os.environ, log, "check sandbox.image")
-    note("checking the image")
-    inside = [engine, "exec", str(target / "image")]
-    if engine == "docker":
-        inside = ["docker", "run", "--rm", "--network=none", docker_image(image)]
-    check = "import torch, transformers, numpy"
-    environment.run_step(
-        [*inside, "python3", "-c", check],
-        os.environ,
-        log,
-        "sandbox.image has no torch and transformers for its Python; build one from containers/tritonserver.def",
-    )
-    status, text = procs.capture([*inside, "printenv", "TRITON_SERVER_VERSION"])
-    manifest = {"image": image, "tritonserver": text.strip() if status == 0 else "unknown"}
-    atomic.write_json(target / MANIFEST, manifest)
-    return manifest
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.config.schema import Serving
+from pipeline.config.serving import Serving
 from pipeline.serving.scoring import RewardModel, pack
 from pipeline.serving.wire import check_finite
 

@@ -18,7 +18,7 @@ import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from pipeline import network, procs
-from pipeline.config.schema import Serving
+from pipeline.config.serving import Serving
 from pipeline.errors import UserError
 from pipeline.serving import wire
 from pipeline.serving.engines import Engine, ServerSpec

@@ -12,7 +12,8 @@ from typing import Literal
 
 from tritonclient.utils import InferenceServerException
 
-from pipeline.config.schema import Config, Serving
+from pipeline.config.schema import Config
+from pipeline.config.serving import Serving
 from pipeline.errors import UserError
 from pipeline.run import endpoint
 from pipeline.run.directory import RunDir

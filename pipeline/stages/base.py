@@ -46,6 +46,8 @@ class Stage(ABC):
     """Raised when the stage's work changes so that old results are no longer what it would make."""
     offline: ClassVar[bool] = True
     """Whether the work runs with the model hub switched off, as on compute nodes."""
+    contained: ClassVar[bool] = True
+    """Whether the work runs in the trainer's image where there is one; what starts containers itself does not."""
 
     @abstractmethod
     def settings(self, context: Context) -> dict[str, Any]:

@@ -15,6 +15,7 @@ _STORE_SETTINGS = {
 
 class Convert(Stage):
     name = "convert"
+    version = 2
 
     def settings(self, context: Context) -> dict[str, Any]:
         config = context.config

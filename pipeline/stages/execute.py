@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline import network, procs
+from pipeline.containers.trainer import in_image
 from pipeline.errors import UserError
 from pipeline.run import atomic, hashing, work
 from pipeline.run.directory import Artifact, Outputs, RunDir
@@ -79,14 +80,16 @@ def run_stage(
         nodes = Nodes(nodes.count, 0, address, network.free_port(address))
     job = Work(run, context.config, folder / "out", devices, nodes=nodes)
     job.out.mkdir(parents=True)
-    argv = stage.command(job)
     log_path = folder / "stdout.log"
+    environment = {FINGERPRINT: f"{fingerprint}{'-' + submission if forced else ''}", **(environment or {})}
+    if forced:
+        environment[work.FORCED] = "1"
+    argv, env = started_as(stage, job, environment)
     atomic.write_json(folder / "job.json", {"argv": argv, "process": asdict(procs.this_process()), **_job_ids()})
     set_state(run, stage_name, submission, "running", reason, number)
     started = time.time()
-    environment = {FINGERPRINT: f"{fingerprint}{'-' + submission if forced else ''}", **(environment or {})}
     with _meeting(job, stage_name, number, environment[FINGERPRINT], tick) as watch:
-        status = run_child(run.root, argv, environment_of(stage, job, environment), log_path, watch)
+        status = run_child(run.root, argv, env, log_path, watch)
     seconds = round(time.time() - started, 3)
     atomic.write_json(folder / "exit.json", {"status": status, "seconds": seconds})
     if status == STOPPED:
@@ -158,6 +161,12 @@ def run_child(run: Path, argv: list[str], env: dict[str, str], log_path: Path, t
         procs.end_tree(child, grace_s=40.0)
         # A launcher's processes have sessions of their own; killed early, it leaves them without a parent.
         procs.end_marked(run, (procs.ATTEMPT_MARK, env[procs.ATTEMPT_MARK]), grace_s=0.0)
+
+
+def started_as(stage: Stage, job: Work, more: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+    """The command line and whole environment of a stage's work, in the trainer's image where there is one."""
+    argv, env = stage.command(job), environment_of(stage, job, more)
+    return in_image(argv, env, job.run, job.config) if stage.contained else (argv, env)
 
 
 def environment_of(stage: Stage, job: Work, more: dict[str, str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from pipeline.run.directory import RunDir
 from pipeline.run.endpoint import WAIT_VARIABLE
 from pipeline.stages.base import Work
 from pipeline.stages.devices import visible_devices
-from pipeline.stages.execute import FINGERPRINT, STOPPED, environment_of, failure_reason, run_child
+from pipeline.stages.execute import FINGERPRINT, STOPPED, failure_reason, run_child, started_as
 from pipeline.stages.nodes import Meeting, Nodes, Rendezvous
 from pipeline.stages.registry import REGISTRY
 from pipeline.stages.service import share_devices, supervised
@@ -89,7 +89,7 @@ def _train(
     stage = REGISTRY[rendezvous.stage]
     more = {FINGERPRINT: rendezvous.fingerprint, WAIT_VARIABLE: str(config.serving.start_timeout_s)}
     log_path = Path(folder / f"stdout-{nodes.rank}.log")
-    status = run_child(run.root, stage.command(work), environment_of(stage, work, more), log_path, tick)
+    status = run_child(run.root, *started_as(stage, work, more), log_path, tick)
     if status not in (0, STOPPED):
         raise UserError(failure_reason(status, log_path))
     meeting.beat(nodes.rank, status=status)

@@ -6,14 +6,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pipeline.containers.command import choose_engine
 from pipeline.run.hashing import hash_tree
 from pipeline.run.sources import EMBEDDED
 from pipeline.stages.base import Context, Stage, Work, module_command
+from pipeline.stages.sandbox import image_settings
 
 
 class Prefetch(Stage):
     name = "prefetch"
     offline = False
+    contained = False
 
     def settings(self, context: Context) -> dict[str, Any]:
         config = context.config
@@ -33,6 +36,9 @@ class Prefetch(Stage):
                 for path in (folder / f"{split}.jsonl", folder / f"{split}.jsonl.gz"):
                     if path.is_file():
                         settings["data"][f"{split}_sha256"] = hash_tree(path, context.hashes)[0]
+        engine = choose_engine(config.sandbox.engine, config.cluster.engine)
+        if "sandbox" in config.all and engine not in ("venv", "none"):
+            settings["sandbox"] = {"engine": engine, **image_settings(context)}
         return settings
 
     def command(self, work: Work) -> list[str]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Config
@@ -126,9 +126,10 @@ def _training_over(run: RunDir, submission: Submission) -> Callable[[], bool]:
     return over
 
 
+@contextlib.contextmanager
 def supervised(
     run: RunDir, config: Config, devices: tuple[str, ...], *, index: int = 0, wait: bool = True
-) -> AbstractContextManager[Supervisor]:
+) -> Iterator[Supervisor]:
     """The run's reward server while the block runs; `index` tells the servers of several nodes apart."""
     from pipeline.serving.sandbox import open_sandbox
     from pipeline.serving.supervisor import supervise  # brings gRPC: not needed while a job waits
@@ -138,9 +139,11 @@ def supervised(
     folder = run.stage("serve")
     folder.mkdir(parents=True, exist_ok=True)
     job_id = os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID") or str(os.getpid())
-    engine = open_sandbox(run.values("sandbox"))
     log_path = folder / ("tritonserver.log" if index == 0 else f"tritonserver-{index}.log")
-    return supervise(run, with_bind(config), engine, devices, log_path, job_id, wait=wait, index=index)
+    with open_sandbox(run.values("sandbox"), log_path) as engine:
+        serving = supervise(run, with_bind(config), engine, devices, log_path, job_id, wait=wait, index=index)
+        with serving as supervisor:
+            yield supervisor
 
 
 def with_bind(config: Config) -> Config:
