@@ -47,8 +47,8 @@ def fetch(source: Source, cache: Path, note: Note, fresh: bool = False) -> str:
         assert digest is not None
         return digest
     digest = _pinned(source.reference, cache, fresh)
-    layout = _layout(cache, digest)
-    if not (layout / "index.json").exists() and not any(_entry(cache, digest, form).exists() for form in (True, False)):
+    if _origin(source, digest, cache) is None:
+        layout = _layout(cache, digest)
         layout.mkdir(parents=True, exist_ok=True)
         registry.fetch(source.reference, digest, layout, note)
     return digest
@@ -67,9 +67,14 @@ def make(source: Source, engine: str, folder: bool, cache: Path, log: Path, note
 
     def build(target: Path) -> dict[str, str]:
         note(f"building {'a sandbox' if folder else 'a .sif file'} of {source.text}")
-        origin = f"oci:{_layout(cache, digest)}" if source.reference is not None else source.text
-        argv = build_argv(engine, origin, target / _name(folder), folder)
-        run_step(argv, build_environment(os.environ, cache), log, _build_remedy(folder))
+        origin = _origin(source, digest, cache)
+        assert origin is not None, "it was fetched above"
+        run_step(
+            build_argv(engine, origin, target / _name(folder), folder),
+            build_environment(os.environ, cache),
+            log,
+            _build_remedy(folder),
+        )
         manifest = {"source": source.text, "digest": digest, "engine": f"{engine} {version(engine)}"}
         atomic.write_json(target / MANIFEST, manifest)
         return manifest
@@ -124,6 +129,18 @@ def _pull(source: Source, log: Path, note: Note) -> Image:
     if status != 0 or "@sha256:" not in pinned:
         raise UserError(f"sandbox.image: {name}: docker does not say which digest it has ({' '.join(text.split())})")
     return Image("docker", pinned, pinned.partition("@")[2], built=True)
+
+
+def _origin(source: Source, digest: str, cache: Path) -> str | None:
+    """What an engine builds from, without a network: the source's file, what was fetched, or the image in its other
+    form; None where a registry's image is to be fetched first."""
+    if source.reference is None:
+        return source.text
+    layout = _layout(cache, digest)
+    if (layout / "index.json").exists():
+        return f"oci:{layout}"
+    made = (_entry(cache, digest, form) / _name(form) for form in (False, True))
+    return next((str(path) for path in made if path.exists()), None)
 
 
 def _build_remedy(folder: bool) -> str:

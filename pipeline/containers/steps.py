@@ -26,7 +26,7 @@ def run_step(argv: list[str], env: Mapping[str, str], log: Path, remedy: str) ->
         with log.open("rb") as written:
             written.seek(start)
             text = written.read().decode("utf-8", "replace")
-        raise UserError(f"sandbox: {' '.join(argv[1:4])} failed: {last_line(text)}; {remedy} (log: {log})")
+        raise UserError(f"{' '.join(argv[:4])} failed: {last_line(text)}; {remedy} (log: {log})")
 
 
 def last_line(text: str) -> str:
