@@ -45,7 +45,8 @@ def in_image(
     inside = {key: value for key, value in env.items() if key not in _HOST_PYTHON}
     inside |= {"PYTHONPATH": str(_CODE), "PYTHONNOUSERSITE": "1"}
     folders = [*_folders(run, config, env), *(Path(os.path.expandvars(name)) for name in config.cluster.binds)]
-    binds = [Bind(folder, str(folder), writable=True) for folder in dict.fromkeys(folders) if folder.exists()]
+    outermost = [folder for folder in dict.fromkeys(folders) if not any(other in folder.parents for other in folders)]
+    binds = [Bind(folder, str(folder), writable=True) for folder in outermost if folder.exists()]
     start = exec_argv(engine, image, binds, gpus=bool(env.get("CUDA_VISIBLE_DEVICES")), own_environment=False)
     command = ["python3" if word == sys.executable else word for word in argv]
     return [*start, "sh", "-c", _BOUND_TO_ENGINE, "sh", *command], inside
