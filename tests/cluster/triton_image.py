@@ -30,7 +30,9 @@ PACKAGES = (
     *("base-files", "bash", "coreutils", "dash", "findutils", "grep", "sed", "libc-bin", "mount", "util-linux"),
     *("libstdc++6", f"libpython{PYTHON}", "python3", "python3-pip", "procps"),
 )
-HOOKS = (  # unpacked packages, never configured: what their scripts would have made and is needed here
+# The packages are never configured: what their scripts would have made and is needed here. Hooks must keep away from
+# "$1"/dev: the machine's own /dev/shm is mounted there while they run.
+HOOKS = (
     """printf 'root:x:0:0:root:/root:/bin/bash\\nnobody:x:65534:65534::/:/bin/false\\n' >"$1/etc/passwd" """,
     """printf 'root:x:0:\\nnogroup:x:65534:\\n' >"$1/etc/group" """,
     """rm -rf "$1"/usr/share/doc "$1"/usr/share/man "$1"/usr/share/locale "$1"/usr/lib/python3*/EXTERNALLY-MANAGED""",
@@ -103,7 +105,7 @@ def _make(work: Path) -> Path:
 
 
 def _debian(work: Path) -> Path:
-    """The base, from the mirror that this machine uses: packages unpacked, which takes 5 s, where debootstrap takes 45."""
+    """The base, from this machine's mirror: packages only unpacked, which takes 5 s, where debootstrap takes 45."""
     found = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(ORIGIN)|$(LABEL)|$(COMPONENT)|$(REPO_URI)", "Created-By: Packages"],
         check=True, capture_output=True, text=True,
