@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import registry
+import triton_image
 import yaml
 from helpers_cluster import CHAIN_SETTINGS, PROFILE
 from helpers_jobs import submit, wait_for
 from mini_slurm import MiniSlurm, missing_programs
+from ordinary_user import OrdinaryUser, missing_user, remove
+from registry import Registry
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +52,66 @@ def finished(slurm: MiniSlurm, tmp_path_factory: pytest.TempPathFactory) -> Path
     assert len(slurm.command("squeue", "-h").splitlines()) == 7  # the server shares its training's job
     wait_for(lambda: not slurm.command("squeue", "-h").strip(), "the chain to end", 300)
     return run
+
+
+@pytest.fixture(scope="session")
+def user() -> OrdinaryUser:
+    """Who runs Apptainer; the test is skipped where that cannot be."""
+    missing = [name for name in ("apptainer", "unsquashfs", "newuidmap") if shutil.which(name) is None]
+    reason = f"not installed: {', '.join(missing)}; see .ci/apptainer" if missing else missing_user()
+    if reason and "CI" not in os.environ:
+        pytest.skip(reason)
+    assert not reason, reason
+    return OrdinaryUser.find()
+
+
+@pytest.fixture(scope="session")
+def layout() -> Path:
+    """The OCI layout of the small tritonserver image."""
+    _need(triton_image.missing_programs())
+    return triton_image.image_layout()
+
+
+@pytest.fixture(scope="session")
+def public_registry(layout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    """A registry on loopback that holds it."""
+    _need(registry.missing_programs())
+    server = Registry(tmp_path_factory.mktemp("registry"))
+    try:
+        server.start()
+        server.push(layout, triton_image.NAME)
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def oci_archive(layout: Path, user: OrdinaryUser, shared: Path) -> Path:
+    """The image as one file, as `skopeo copy` writes it for a machine that is offline."""
+    return _archived(layout, "oci-archive", user, shared)
+
+
+@pytest.fixture(scope="session")
+def docker_archive(layout: Path, user: OrdinaryUser, shared: Path) -> Path:
+    """The image as `docker save` writes it."""
+    return _archived(layout, "docker-archive", user, shared)
+
+
+@pytest.fixture(scope="session")
+def shared(user: OrdinaryUser) -> Iterator[Path]:
+    """A folder of the user's, for the whole session; it lies where no container sees it by itself."""
+    folder = user.folder("hh-tests")
+    yield folder
+    remove(folder)
+
+
+def _archived(layout: Path, kind: str, user: OrdinaryUser, folder: Path) -> Path:
+    path = triton_image.archive(layout, kind, folder / f"{kind}.tar")
+    user.own(path)
+    return path
+
+
+def _need(programs: list[str]) -> None:
+    if programs and "CI" not in os.environ:
+        pytest.skip(f"not installed: {', '.join(programs)}")
+    assert not programs, f"not installed: {', '.join(programs)}"

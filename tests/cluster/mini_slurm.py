@@ -10,9 +10,11 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from ordinary_user import OrdinaryUser
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel")
 NODES = ("n1", "n2")
@@ -29,6 +31,8 @@ class MiniSlurm:
     """Started by `start`; `environment` is what a user's shell on its login node has set."""
 
     folder: Path
+    user: OrdinaryUser | None = None
+    """Who runs the daemons, and so the jobs; None: who runs the tests."""
     daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
@@ -37,7 +41,9 @@ class MiniSlurm:
 
     def start(self) -> None:
         """Start munged, the controller and a daemon for each node, and wait until both nodes are idle."""
-        _write_configuration(self.folder)
+        _write_configuration(self.folder, self.user.name if self.user else Path("/proc/self").owner())
+        if self.user:
+            self.user.own(self.folder)
         munge = self.folder / "munge"
         self._daemon(
             "munged", "--foreground", "--force", f"--key-file={munge / 'key'}", f"--socket={munge / 'socket'}",
@@ -56,7 +62,7 @@ class MiniSlurm:
     def stop(self) -> None:
         """Cancel what runs and end the daemons."""
         try:
-            self.command("scancel", "--user=" + str(os.getuid()))
+            self.command("scancel", f"--user={self.user.uid if self.user else os.getuid()}")
             _wait(lambda: not self.command("squeue", "-h").strip(), "jobs to end", self.folder)
         finally:
             for daemon in reversed(self.daemons):
@@ -70,18 +76,28 @@ class MiniSlurm:
     def command(self, *argv: str) -> str:
         """The output of one of Slurm's commands."""
         done = subprocess.run(
-            argv, env={**os.environ, **self.environment}, capture_output=True, text=True, check=False, timeout=60
+            self._as_user(argv), env=self._whole_environment(), capture_output=True, text=True, check=False, timeout=60
         )
         return done.stdout
+
+    def _as_user(self, argv: Sequence[str]) -> list[str]:
+        return self.user.argv(argv) if self.user else list(argv)
+
+    def _whole_environment(self) -> dict[str, str]:
+        return {**(self.user.environment() if self.user else os.environ), **self.environment}
 
     def _daemon(self, *argv: str) -> None:
         with (self.folder / f"{argv[0]}.out").open("ab") as log:
             path = shutil.which(argv[0], path=_search_path())
             assert path is not None
-            self.daemons.append(subprocess.Popen([path, *argv[1:]], stdout=log, stderr=log, start_new_session=True))
+            command = self._as_user([path, *argv[1:]])
+            environment = self._whole_environment()
+            self.daemons.append(
+                subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+            )
 
 
-def _write_configuration(folder: Path) -> None:
+def _write_configuration(folder: Path, user: str) -> None:
     for name in ("munge", "state", "spool/n1", "spool/n2", "gpu"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "munge").chmod(0o700)
@@ -91,7 +107,6 @@ def _write_configuration(folder: Path) -> None:
     for index in range(GPUS):  # each must be a character device with a name of its own
         (folder / "gpu" / f"nvidia{index}").symlink_to("/dev/null")
     host = socket.gethostname().split(".")[0]
-    user = Path("/proc/self").owner()
     control, first, second = _free_ports(3)
     (folder / "slurm.conf").write_text(
         f"""
