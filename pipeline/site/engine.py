@@ -1,0 +1,198 @@
+"""The container engine: which one, whether an ordinary user can build and run images with it, and the image itself."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.config.schema import Config
+from pipeline.errors import UserError
+from pipeline.serving import environment
+from pipeline.serving.engines import CONTAINERS, choose_engine
+from pipeline.site.ask import Answer, ask, together
+from pipeline.site.findings import Finding, Level
+
+TOPIC = "Reward server's engine"
+_OLDEST = (1, 1)
+"""Apptainer from which on an ordinary user builds from docker:// without setuid."""
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What is installed, and what the kernel lets an ordinary user do."""
+
+    versions: Mapping[str, Answer] = field(default_factory=dict)
+    """What each engine on PATH said of its version."""
+    docker: Answer | None = None
+    """What docker's daemon said; None without docker."""
+    user_namespaces: Answer | None = None
+    """Whether one could be made (unshare), and what the kernel said."""
+    apparmor_restricts: bool = False
+    setuid: tuple[str, ...] = ()
+    """Engines with a setuid starter."""
+    fuse: bool = False
+    """Whether /dev/fuse can be opened, and squashfuse is there."""
+    subuid: bool = False
+    root: bool = False
+    venv_fault: str | None = None
+    """Why the environment of engine "venv" cannot be built here, or None."""
+    libc: str = ""
+
+
+def probe() -> EngineFacts:
+    """Look for engines, and try a user namespace."""
+    found = [name for name in CONTAINERS if shutil.which(name)]
+    questions = {name: (lambda name=name: ask([name, "--version"])) for name in found}
+    questions |= {"unshare": lambda: ask(["unshare", "--user", "--map-root-user", "true"])}
+    if "docker" in found:
+        questions["daemon"] = lambda: ask(["docker", "info", "--format", "{{.ServerVersion}}"])
+    answers = together(questions)
+    return EngineFacts(
+        {name: answers[name] or Answer(None, "no answer") for name in found},
+        answers.get("daemon"),
+        answers["unshare"],
+        _sysctl("kernel/apparmor_restrict_unprivileged_userns") == "1",
+        tuple(name for name in found if name != "docker" and _has_setuid_starter(name)),
+        os.access("/dev/fuse", os.R_OK | os.W_OK) and any(map(shutil.which, ("squashfuse_ll", "squashfuse"))),
+        _has_subuid(),
+        os.geteuid() == 0,
+        _venv_fault(),
+        os.confstr("CS_GNU_LIBC_VERSION") or "",
+    )
+
+
+def wanted(config: Config, facts: EngineFacts) -> str:
+    """The engine that the `sandbox` stage will take here; what "auto" means is the profile's, or what is found."""
+    name = config.sandbox.engine
+    if name == "auto":
+        name = config.cluster.engine or choose_engine("auto", lambda engine: engine if engine in facts.versions else None)
+    return name
+
+
+def works(name: str, facts: EngineFacts) -> bool:
+    """Whether the engine can be used here, as far as can be seen."""
+    return not any(finding.level == "fail" for finding in _judge_one(name, facts))
+
+
+def judge(facts: EngineFacts, config: Config) -> list[Finding]:
+    """The engine that will be taken, and what it lacks."""
+    name = wanted(config, facts)
+    if name == "none":
+        return [_finding("ok", "sandbox.engine: none: no server is started")]
+    if config.sandbox.engine != "auto":
+        chosen = f"{name} (sandbox.engine)"
+    else:
+        chosen = f"{name} ({'cluster.engine' if config.cluster.engine else 'found by sandbox.engine: auto'})"
+    findings = _judge_one(name, facts, chosen)
+    others = [engine for engine in facts.versions if engine != name]
+    if any(each.level == "fail" for each in findings):
+        fine = [engine for engine in (*others, "venv") if engine != name and works(engine, facts)]
+        if fine:
+            findings.append(_finding("ok", f"this would work instead: {', '.join(fine)} (cluster.engine, sandbox.engine)"))
+    elif others:
+        findings.append(_finding("ok", f"also installed: {', '.join(others)}"))
+    return findings
+
+
+def version(text: str) -> tuple[int, ...]:
+    """The first version number in what an engine says of itself."""
+    match = re.search(r"\d+(\.\d+)+", text)
+    return tuple(int(part) for part in match[0].split(".")) if match else ()
+
+
+def _finding(level: Level, what: str, remedy: str = "") -> Finding:
+    return Finding(TOPIC, level, what, remedy)
+
+
+def _judge_one(name: str, facts: EngineFacts, chosen: str = "") -> list[Finding]:
+    chosen = chosen or name
+    if name == "venv":
+        return [_judge_venv(facts, chosen)]
+    answer = facts.versions.get(name)
+    if answer is None:
+        remedy = "load its module (cluster.modules) or install it, or set another engine"
+        return [_finding("fail", f"{chosen}: not on PATH here", remedy)]
+    if not answer.ok:
+        return [_finding("fail", f"{chosen}: does not run: {answer.line}", "mend the installation, or set another engine")]
+    if name == "docker":
+        if facts.docker is None or not facts.docker.ok:
+            said = facts.docker.line if facts.docker else "no answer"
+            remedy = "start it, join its group, or set cluster.engine (sandbox.engine) to another engine"
+            return [_finding("fail", f"{chosen}: its daemon cannot be used: {said}", remedy)]
+        return [_finding("ok", f"{chosen}, daemon {facts.docker.line}")]
+    return [_finding("ok", f"{chosen}: {answer.line}"), *_judge_privileges(name, answer, facts)]
+
+
+def _judge_venv(facts: EngineFacts, chosen: str) -> Finding:
+    if facts.venv_fault:
+        return _finding("fail", f"{chosen}: {facts.venv_fault}", "mend that, or use a container engine")
+    libc = version(facts.libc)
+    if libc and libc < (2, 35):
+        what = f"{chosen}: its server needs glibc 2.35, and this machine has {facts.libc}"
+        return _finding("fail", what, "use a container engine")
+    return _finding("ok", f"{chosen}: tritonserver in a virtual environment; Python and {facts.libc} suit it")
+
+
+def _judge_privileges(name: str, answer: Answer, facts: EngineFacts) -> list[Finding]:
+    """What an ordinary user needs to build and run images."""
+    findings = []
+    if name == "apptainer" and version(answer.text) < _OLDEST:
+        what = f"{answer.line} is old: an ordinary user may not be able to build images"
+        findings.append(_finding("warn", what, "ask the site for Apptainer 1.1 or later, or build the image elsewhere"))
+    namespaces = facts.user_namespaces is not None and facts.user_namespaces.ok
+    if namespaces:
+        findings.append(_finding("ok", "user namespaces can be made: images are built and run without privileges"))
+    elif name in facts.setuid:
+        what = "no user namespaces; the setuid starter runs images, but building them may need --fakeroot rights"
+        findings.append(_finding("warn", what, "if the sandbox stage fails, build the image where they are allowed"))
+    else:
+        reason = facts.user_namespaces.line if facts.user_namespaces else "no answer"
+        why = "AppArmor restricts them" if facts.apparmor_restricts else reason
+        what = f"an ordinary user can make no user namespace ({why}), and there is no setuid starter"
+        remedy = "ask the site (user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns), or use venv"
+        findings.append(_finding("fail", what, remedy))
+    if not facts.fuse and name not in facts.setuid:
+        what = "no squashfuse or no access to /dev/fuse: a .sif image would be unpacked at every start"
+        findings.append(_finding("warn", what, "keep the image as a sandbox folder, or ask for squashfuse and fuse"))
+    if not facts.subuid and not facts.root:
+        what = "you have no entry in /etc/subuid: building works from docker:// and archives, not with every %post"
+        findings.append(_finding("ok", what))
+    return findings
+
+
+def _has_setuid_starter(name: str) -> bool:
+    path = shutil.which(name)
+    assert path is not None
+    prefix = Path(os.path.realpath(path)).parents[1]
+    folders = [prefix / "libexec" / name, prefix / "lib" / name, *Path("/usr/lib").glob(f"*-linux-gnu/{name}")]
+    starters = [folder / "bin" / "starter-suid" for folder in folders]
+    return any(starter.is_file() and starter.stat().st_mode & 0o4000 for starter in starters)
+
+
+def _has_subuid() -> bool:
+    try:
+        lines = Path("/etc/subuid").read_text().splitlines()
+    except OSError:
+        return False
+    return any(line.split(":")[0] in (getpass.getuser(), str(os.getuid())) for line in lines)
+
+
+def _sysctl(name: str) -> str:
+    try:
+        return Path("/proc/sys", name).read_text().strip()
+    except OSError:  # this kernel does not have it
+        return ""
+
+
+def _venv_fault() -> str | None:
+    try:
+        environment.check_platform()
+        environment.libpython_folder()
+    except UserError as error:
+        return str(error)
+    return None
