@@ -72,4 +72,3 @@ def together(questions: Mapping[str, Callable[[], Value]], deadline_s: float = D
     if errors:
         raise errors[0]
     return {name: answers.get(name) for name in questions}
-

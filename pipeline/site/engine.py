@@ -70,7 +70,9 @@ def wanted(config: Config, facts: EngineFacts) -> str:
     """The engine that the `sandbox` stage will take here; what "auto" means is the profile's, or what is found."""
     name = config.sandbox.engine
     if name == "auto":
-        name = config.cluster.engine or choose_engine("auto", lambda engine: engine if engine in facts.versions else None)
+        name = config.cluster.engine or choose_engine(
+            "auto", lambda engine: engine if engine in facts.versions else None
+        )
     return name
 
 
@@ -93,7 +95,9 @@ def judge(facts: EngineFacts, config: Config) -> list[Finding]:
     if any(each.level == "fail" for each in findings):
         fine = [engine for engine in (*others, "venv") if engine != name and works(engine, facts)]
         if fine:
-            findings.append(_finding("ok", f"this would work instead: {', '.join(fine)} (cluster.engine, sandbox.engine)"))
+            findings.append(
+                _finding("ok", f"this would work instead: {', '.join(fine)} (cluster.engine, sandbox.engine)")
+            )
     elif others:
         findings.append(_finding("ok", f"also installed: {', '.join(others)}"))
     return findings
@@ -118,7 +122,9 @@ def _judge_one(name: str, facts: EngineFacts, chosen: str = "") -> list[Finding]
         remedy = "load its module (cluster.modules) or install it, or set another engine"
         return [_finding("fail", f"{chosen}: not on PATH here", remedy)]
     if not answer.ok:
-        return [_finding("fail", f"{chosen}: does not run: {answer.line}", "mend the installation, or set another engine")]
+        return [
+            _finding("fail", f"{chosen}: does not run: {answer.line}", "mend the installation, or set another engine")
+        ]
     if name == "docker":
         if facts.docker is None or not facts.docker.ok:
             said = facts.docker.line if facts.docker else "no answer"

@@ -43,7 +43,10 @@ def render(findings: Sequence[Finding], colour: bool, width: int = 120) -> str:
         for each in members:
             lines += _render_one(each, colour, width)
     counts = Counter(each.level for each in findings)
-    lines += ["", ", ".join(f"{counts[level]} {said}" for level, said in _SAID.items() if counts[level] or said == "fine")]
+    lines += [
+        "",
+        ", ".join(f"{counts[level]} {said}" for level, said in _SAID.items() if counts[level] or said == "fine"),
+    ]
     return "\n".join(lines)
 
 

@@ -127,9 +127,12 @@ def _judge_one(folder: Folder, use: Use, slurm: bool) -> list[Finding]:
         what = f"on a file system of this machine alone ({folder.kind or 'unknown'}), and jobs run on others"
         found.append(finding("warn", what, f"take a folder that all nodes see: {use.key}"))
     if not found:
-        kind = folder.kind or "unknown file system"
-        seen = "" if not slurm or not use.shared or folder.kind in OF_ALL_NODES else "; do all nodes see it?"
-        found.append(Finding(TOPIC, "ok", f"{where}: {_size(folder.free)} free, {kind}{seen}"))
+        what = f"{_size(folder.free)} free, {folder.kind or 'unknown file system'}"
+        if not slurm or not use.shared or folder.kind in OF_ALL_NODES:
+            found.append(finding("ok", what, ""))
+        else:
+            seen = f"look from a node: srun ls -d {folder.existing}; if not, {move}"
+            found.append(finding("unknown", f"{what}; all nodes must see it", seen))
     return found
 
 

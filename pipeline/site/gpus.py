@@ -107,7 +107,9 @@ def _here(facts: GpuFacts, config: Config, local: bool, inside_job: bool) -> lis
             what = f"none here: {config.model.path} would train on CPUs"
             return [_finding("fail", what, "take --preset demo, or a cluster profile with GPUs")]
         if inside_job:
-            return [_finding("warn", "none in this job", "look where jobs that ask for GPUs run: srun --gpus=1 nvidia-smi")]
+            return [
+                _finding("warn", "none in this job", "look where jobs that ask for GPUs run: srun --gpus=1 nvidia-smi")
+            ]
         return [_finding("ok", "none here, as on most login nodes; the jobs' nodes have them")]
     first, count = facts.gpus[0], len(facts.gpus)
     driver = ".".join(f"{part:02d}" for part in first.driver)
@@ -181,7 +183,9 @@ def _torch_build(facts: GpuFacts, config: Config, local: bool) -> list[Finding]:
     oldest = _TORCH_DRIVERS.get(int(facts.torch_cuda.split(".")[0]))
     if facts.gpus and oldest and facts.gpus[0].driver < oldest:
         driver = ".".join(map(str, facts.gpus[0].driver))
-        what = f"torch {facts.torch} (CUDA {facts.torch_cuda}) needs driver {oldest[0]} or later, and this one is {driver}"
+        what = (
+            f"torch {facts.torch} (CUDA {facts.torch_cuda}) needs driver {oldest[0]} or later, and this one is {driver}"
+        )
         return [_finding("fail", what, "install a torch built for an older CUDA, or update the driver")]
     return [_finding("ok", f"torch {facts.torch} is built for CUDA {facts.torch_cuda}")]
 

@@ -34,6 +34,9 @@ class MachineFacts:
     prefix: str = "/usr"
     prefix_kind: str = ""
     """Type of the file system that the interpreter's environment is on."""
+    base: str = "/usr"
+    """Where the Python is that a virtual environment was made from."""
+    base_kind: str = ""
     manager: str = "system"
     """venv, conda or system."""
     deepspeed: str | None = None
@@ -54,26 +57,34 @@ def probe() -> MachineFacts:
         sys.version_info[:3],
         sys.prefix,
         mount_of(Path(sys.prefix).resolve(), mounts).kind,
+        sys.base_prefix,
+        mount_of(Path(sys.base_prefix).resolve(), mounts).kind,
         _manager(),
         _version("deepspeed"),
         _version("tensorboard"),
     )
 
 
-def judge(facts: MachineFacts, config: Config) -> list[Finding]:
-    """Whether stages and jobs can run with this Python, from here."""
+def judge(facts: MachineFacts, config: Config, gpus: int) -> list[Finding]:
+    """Whether stages and jobs can run with this Python, from here. `gpus`: those that a training here would have."""
     where = f"inside Slurm job {facts.job}" if facts.job else "not inside a job"
     inside = f", in a container ({facts.container})" if facts.container else ""
     size = f"{facts.cpus} CPUs, {facts.memory_gb} GiB"
     findings = [_finding("ok", f"{facts.host}: {facts.system}, {size}; {where}{inside}"), _python(facts)]
     slurm = config.cluster.executor == "slurm"
-    if slurm and is_local(facts.prefix, facts.prefix_kind):
-        what = f"the jobs run {facts.prefix}/bin/python, which is on this machine alone ({facts.prefix_kind})"
-        findings.append(_finding("fail", what, "make the environment in a folder that all nodes see, such as your home"))
+    places = {facts.prefix: facts.prefix_kind, facts.base: facts.base_kind}
+    hidden = [path for path, kind in places.items() if is_local(path, kind)]
+    if slurm and hidden:
+        what = f"the jobs run this Python, and {hidden[0]} is on this machine alone ({places[hidden[0]]})"
+        findings.append(
+            _finding("fail", what, "make the environment in a folder that all nodes see, such as your home")
+        )
     if slurm and facts.container:
         what = "Slurm's jobs start outside of this container, with the same paths"
-        findings.append(_finding("warn", what, "run the pipeline outside, and give the container as cluster.trainer_image"))
-    findings += _extras(facts, config)
+        findings.append(
+            _finding("warn", what, "run the pipeline outside, and give the container as cluster.trainer_image")
+        )
+    findings += _extras(facts, config, gpus)
     return findings
 
 
@@ -85,12 +96,12 @@ def _python(facts: MachineFacts) -> Finding:
     shown = ".".join(map(str, facts.python))
     if not (3, 10) <= facts.python[:2] <= (3, 12):
         return _finding("fail", f"Python {shown}: not one that the project runs on", "use Python 3.10, 3.11 or 3.12")
-    return _finding("ok", f"Python {shown} ({facts.manager}, {facts.prefix})")
+    base = f", made from {facts.base}" if facts.base != facts.prefix else ""
+    return _finding("ok", f"Python {shown} ({facts.manager} {facts.prefix}{base})")
 
 
-def _extras(facts: MachineFacts, config: Config) -> list[Finding]:
+def _extras(facts: MachineFacts, config: Config, gpus: int) -> list[Finding]:
     findings = []
-    gpus = config.cluster.resources("train").gpus if config.cluster.executor == "slurm" else 0
     name = config.train.accelerate_config
     if facts.deepspeed is None and ("zero" in name or (name == "auto" and gpus)):
         what = f"train.accelerate_config: {name} means DeepSpeed where there are GPUs, and it is not installed"

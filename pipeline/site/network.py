@@ -161,7 +161,8 @@ def _reach(address: str, proxy: str | None) -> str:
         error.close()
         return f"a proxy wants a login ({error.code})" if error.code == 407 else ""
     except urllib.error.URLError as error:
-        return str(error.reason)
+        reason = error.reason
+        return (reason.strerror if isinstance(reason, OSError) else None) or str(reason)
     except (OSError, ValueError) as error:
         return str(error) or type(error).__name__
 

@@ -22,8 +22,11 @@ def judge(facts: SlurmFacts, cluster: Cluster) -> list[Finding]:
         what = f"cluster.executor: slurm (profile {cluster.name}), but there is no sbatch on PATH"
         return [_finding("fail", what, "go to a login node, load the site's Slurm module, or use --cluster local")]
     if not wanted:
+        state = (
+            f"{_version(facts)} is here" if facts.answers else "Slurm's commands are here, and no controller answers"
+        )
         return [
-            _finding("ok", f"{_version(facts)} is here, but profile {cluster.name} runs jobs on this machine"),
+            _finding("ok", f"{state}; profile {cluster.name} does without: jobs are processes of this machine"),
             *([_hint(facts)] if facts.answers else []),
         ]
     findings = []
@@ -33,11 +36,13 @@ def judge(facts: SlurmFacts, cluster: Cluster) -> list[Finding]:
         findings.append(_finding("fail", what, "install Slurm's client commands, or load the site's module"))
     if facts.answers:
         cluster_name = facts.config.get("ClusterName", "")
-        findings.append(_finding("ok", f"{_version(facts)}, cluster {cluster_name or '(no name)'}; the controller answers"))
+        findings.append(
+            _finding("ok", f"{_version(facts)}, cluster {cluster_name or '(no name)'}; the controller answers")
+        )
     else:
         what = f"the controller does not answer: {facts.ping or 'scontrol ping said nothing'}"
         return [*findings, _finding("fail", what, "is this the login node? is SLURM_CONF right? ask the site")]
-    findings += [_age(facts), *_partitions(facts, cluster), _accounting(facts), *_devices(facts)]
+    findings += [*_age(facts), *_partitions(facts, cluster), _accounting(facts), *_devices(facts)]
     return findings
 
 
@@ -56,11 +61,11 @@ def _hint(facts: SlurmFacts) -> Finding:
     return _finding("ok", what)
 
 
-def _age(facts: SlurmFacts) -> Finding:
+def _age(facts: SlurmFacts) -> list[Finding]:
     if not facts.version or facts.version >= (22, 5):
-        return _finding("ok", "the version is one that jobs were tried on (22.05), or later")
+        return []
     what = f"{_version(facts)} is older than what jobs were tried on (22.05)"
-    return _finding("warn", what, "try --stage prefetch --preset demo with this profile first")
+    return [_finding("warn", what, "try --stage prefetch --preset demo with this profile first")]
 
 
 def _partitions(facts: SlurmFacts, cluster: Cluster) -> list[Finding]:

@@ -47,13 +47,21 @@ def judge_preemption(facts: SlurmFacts, cluster: Cluster) -> list[Finding]:
         what = "Slurm preempts with TERM alone: the training has KillWait to save in, not " + seconds
         kill_wait = facts.config.get("KillWait", "30 sec")
         findings = [
-            _finding("warn", f"{what} (KillWait = {kill_wait})", "lower train.checkpoint_interval, so that less is lost")
+            _finding(
+                "warn", f"{what} (KillWait = {kill_wait})", "lower train.checkpoint_interval, so that less is lost"
+            )
         ]
     elif partition.grace_s < cluster.grace_s:
-        what = f"partition {partition.name} leaves a preempted job {partition.grace_s} s (GraceTime), less than {seconds}"
+        what = (
+            f"partition {partition.name} leaves a preempted job {partition.grace_s} s (GraceTime), less than {seconds}"
+        )
         findings = [_finding("warn", what, "lower train.checkpoint_interval, so that less is lost")]
     else:
         findings = [_finding("ok", f"a preempted training has {partition.grace_s} s to save in, and is queued again")]
+    if cluster.requeue and facts.config.get("JobRequeue") == "0":
+        findings.append(
+            _finding("ok", "the site's default is not to requeue (JobRequeue=0); the jobs ask for it themselves")
+        )
     if cluster.requeue and (match := re.search(r"cred_expire=(\d+)", facts.config.get("AuthInfo", ""))):
         findings.append(_finding("ok", f"a job that is queued again starts after {match[1]} s at the earliest"))
     return findings
@@ -98,7 +106,11 @@ def _place(facts: SlurmFacts, cluster: Cluster, partition: Partition) -> Iterato
         for name in re.findall(r"[A-Za-z_][\w.-]*", cluster.constraint):
             if name not in known:
                 what = f"cluster.constraint: no node of partition {partition.name} has the feature {name}"
-                has = f"its nodes have {', '.join(sorted(known))}" if known else "its nodes have no features: leave it out"
+                has = (
+                    f"its nodes have {', '.join(sorted(known))}"
+                    if known
+                    else "its nodes have no features: leave it out"
+                )
                 yield _finding("fail", what + nearest(name, known), has)
 
 

@@ -1,0 +1,96 @@
+"""The whole examination: what there is (asked once), what this run and profile need of it, and the findings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.config.schema import Config
+from pipeline.run.directory import RunDir
+from pipeline.site import engine as engines
+from pipeline.site import folders, gpus, machine, named, network, slurm, slurm_here, slurm_profile, storage, trial
+from pipeline.site.ask import together
+from pipeline.site.findings import Finding
+
+Facts = TypeVar("Facts")
+
+
+@dataclass(frozen=True)
+class Site:
+    """What does not depend on a run or profile."""
+
+    slurm: slurm.SlurmFacts
+    engine: engines.EngineFacts
+    gpus: gpus.GpuFacts
+    machine: machine.MachineFacts
+
+
+def look() -> Site:
+    """Ask Slurm, the engines, the driver and this Python, all at once."""
+    questions: dict[str, Callable[[], Any]] = {
+        "slurm": slurm.probe,
+        "engine": engines.probe,
+        "gpus": gpus.probe,
+        "machine": machine.probe,
+    }
+    answers = together(questions)
+    return Site(
+        answers["slurm"] or slurm.SlurmFacts(slurm.COMMANDS),
+        answers["engine"] or engines.EngineFacts(),
+        answers["gpus"] or gpus.GpuFacts(fault="no answer"),
+        answers["machine"] or machine.probe(),
+    )
+
+
+def examine(site: Site, run: RunDir, config: Config) -> list[Finding]:
+    """All findings, grouped by topic."""
+    engine = engines.wanted(config, site.engine)
+    uses = folders.uses(run, config, engine)
+    on_slurm = config.cluster.executor == "slurm"
+    try_jobs = on_slurm and site.slurm.answers
+    questions: dict[str, Callable[[], Any]] = {
+        "network": lambda: network.probe(config, engine),
+        "folders": lambda: storage.probe({use.name: use.path for use in uses} | {"/dev/shm": Path("/dev/shm")}),
+        "named": lambda: named.probe(config),
+        "trial": lambda: trial.probe(run, config) if try_jobs else {},
+    }
+    answers = together(questions)
+    looks = answers["folders"] or {}
+    inside_job = site.machine.job is not None
+    found = [
+        *machine.judge(site.machine, config, _training_gpus(site, config)),
+        *slurm_here.judge(site.slurm, config.cluster),
+    ]
+    if try_jobs:
+        found += slurm_profile.judge(site.slurm, config.cluster, config.all)
+        found += trial.judge(answers["trial"] or {}, config)
+        found += slurm_profile.judge_preemption(site.slurm, config.cluster)
+    found += named.judge(answers["named"] or named.NamedFacts(), config)
+    found += engines.judge(site.engine, config)
+    found += gpus.judge(site.gpus, config, engine, _types(site, config), inside_job)
+    found += folders.judge(looks, uses, config)
+    if engine != "none":
+        found += folders.judge_shm(looks.get("/dev/shm"))
+    found += network.judge(answers["network"] or network.NetworkFacts(), config, _prefetched(run), inside_job)
+    return found
+
+
+def _training_gpus(site: Site, config: Config) -> int:
+    """GPUs that a training would have: what the profile asks Slurm for, or what is here."""
+    if config.cluster.executor == "slurm":
+        return config.cluster.resources("train").gpus
+    return 0 if site.gpus.visible == "" else len(site.gpus.gpus)
+
+
+def _types(site: Site, config: Config) -> dict[str, int]:
+    """Types of the GPUs in the profile's partition, and how many a node has at most."""
+    partition = site.slurm.partition(config.cluster.partition)
+    kinds = site.slurm.kinds(partition) if partition else []
+    names = {name for kind in kinds for name in kind.gpus if name}
+    return {name: max(kind.gpu_count(name) for kind in kinds) for name in sorted(names)}
+
+
+def _prefetched(run: RunDir) -> bool:
+    return run.outputs("prefetch") is not None
