@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     target: Path | None = arguments.write_profile
     if target is not None and arguments.cluster is not None:
         raise UserError("--write-profile: examines the profile that it drafts; leave out --cluster")
-    if target is not None and target.exists():
-        raise UserError(f"--write-profile {target}: exists already and is not overwritten; name another file")
+    if target is not None:
+        refuse_existing(target)
     name = arguments.preset or os.environ.get("CONFIG_NAME") or "gptj"
     run = RunDir(Path(os.path.abspath(arguments.run_dir or Path("runs") / name)))
     config = resolve_config(run, arguments.preset, (), arguments.cluster)  # before asking anyone: it may be wrong
@@ -78,11 +78,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if fails(findings) else 0
 
 
+def refuse_existing(target: Path) -> None:
+    """UserError when the file is there: a person may have corrected it."""
+    if target.exists():
+        raise UserError(f"--write-profile {target}: exists already and is not overwritten; name another file")
+
+
 def write_profile(site: Site, target: Path) -> None:
     """Draft a profile into a new file."""
     from pipeline.run import atomic
     from pipeline.site.draft import Seen, draft
 
+    refuse_existing(target)
     interfaces = [name for _, name in socket.if_nameindex()]
     atomic.write_text(target, draft(Seen(site.slurm, site.engine, interfaces, os.environ)))
 

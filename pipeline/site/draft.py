@@ -177,7 +177,7 @@ def _stages(facts: SlurmFacts, partition: Partition, kind: NodeKind) -> list[str
     train = _Share(min(limit, _TRAIN_MIN), cpus, whole_gb, gpus)
     serve = _Share(train.time_min, other.cpus, other.mem_gb, one.gpus)  # as long as its training
     longest = f"{partition.max_time_min} min" if partition.max_time_min else "no limit"
-    lines = [
+    return [
         f"# The partition's longest job: {longest}. A training that needs more goes on in further segments.",
         "# prefetch and sandbox need the internet; on nodes without it run them on the login node first.",
         f"default: {other}",
@@ -187,7 +187,6 @@ def _stages(facts: SlurmFacts, partition: Partition, kind: NodeKind) -> list[str
         "  # With the server in the same job (placement: colocated), the last GPU serves and the others train.",
         f"  train: {train}",
     ]
-    return lines
 
 
 def _gpus(kind: NodeKind) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import getpass
 import os
 import re
@@ -47,11 +48,11 @@ class EngineFacts:
 def probe() -> EngineFacts:
     """Look for engines, and try a user namespace."""
     found = [name for name in CONTAINERS if shutil.which(name)]
-    questions = {name: (lambda name=name: ask([name, "--version"])) for name in found}
-    questions |= {"unshare": lambda: ask(["unshare", "--user", "--map-root-user", "true"])}
+    commands = {name: [name, "--version"] for name in found}
+    commands["unshare"] = ["unshare", "--user", "--map-root-user", "true"]
     if "docker" in found:
-        questions["daemon"] = lambda: ask(["docker", "info", "--format", "{{.ServerVersion}}"])
-    answers = together(questions)
+        commands["daemon"] = ["docker", "info", "--format", "{{.ServerVersion}}"]
+    answers = together({name: functools.partial(ask, argv) for name, argv in commands.items()})
     return EngineFacts(
         {name: answers[name] or Answer(None, "no answer") for name in found},
         answers.get("daemon"),
@@ -68,12 +69,10 @@ def probe() -> EngineFacts:
 
 def wanted(config: Config, facts: EngineFacts) -> str:
     """The engine that the `sandbox` stage will take here; what "auto" means is the profile's, or what is found."""
-    name = config.sandbox.engine
-    if name == "auto":
-        name = config.cluster.engine or choose_engine(
-            "auto", lambda engine: engine if engine in facts.versions else None
-        )
-    return name
+    if config.sandbox.engine != "auto":
+        return config.sandbox.engine
+    found = choose_engine("auto", lambda engine: engine if engine in facts.versions else None)
+    return config.cluster.engine or found
 
 
 def works(name: str, facts: EngineFacts) -> bool:

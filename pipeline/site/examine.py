@@ -15,6 +15,8 @@ from pipeline.site.ask import together
 from pipeline.site.findings import Finding
 
 Facts = TypeVar("Facts")
+_DEADLINE_S = 20.0
+"""Seconds for the trials of a profile: a busy controller takes its time."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,13 @@ def look() -> Site:
         "slurm": slurm.probe,
         "engine": engines.probe,
         "gpus": gpus.probe,
-        "machine": machine.probe,
     }
     answers = together(questions)
     return Site(
-        answers["slurm"] or slurm.SlurmFacts(slurm.COMMANDS),
-        answers["engine"] or engines.EngineFacts(),
-        answers["gpus"] or gpus.GpuFacts(fault="no answer"),
-        answers["machine"] or machine.probe(),
+        answers["slurm"] or slurm.SlurmFacts(ping="its commands hang"),
+        answers["engine"] or engines.EngineFacts(venv_fault="nothing on this machine could be asked in time"),
+        answers["gpus"] or gpus.GpuFacts(fault="it hangs"),
+        machine.probe(),
     )
 
 
@@ -56,7 +57,7 @@ def examine(site: Site, run: RunDir, config: Config) -> list[Finding]:
         "named": lambda: named.probe(config),
         "trial": lambda: trial.probe(run, config) if try_jobs else {},
     }
-    answers = together(questions)
+    answers = together(questions, _DEADLINE_S)
     looks = answers["folders"] or {}
     inside_job = site.machine.job is not None
     found = [
@@ -65,16 +66,25 @@ def examine(site: Site, run: RunDir, config: Config) -> list[Finding]:
     ]
     if try_jobs:
         found += slurm_profile.judge(site.slurm, config.cluster, config.all)
-        found += trial.judge(answers["trial"] or {}, config)
+        found += _of(answers["trial"], trial.TOPIC, lambda facts: trial.judge(facts, config))
         found += slurm_profile.judge_preemption(site.slurm, config.cluster)
-    found += named.judge(answers["named"] or named.NamedFacts(), config)
+    found += _of(answers["named"], named.TOPIC, lambda facts: named.judge(facts, config))
     found += engines.judge(site.engine, config)
     found += gpus.judge(site.gpus, config, engine, _types(site, config), inside_job)
     found += folders.judge(looks, uses, config)
     if engine != "none":
         found += folders.judge_shm(looks.get("/dev/shm"))
-    found += network.judge(answers["network"] or network.NetworkFacts(), config, _prefetched(run), inside_job)
-    return found
+    prefetched = run.outputs("prefetch") is not None
+    return found + _of(
+        answers["network"], network.TOPIC, lambda facts: network.judge(facts, config, prefetched, inside_job)
+    )
+
+
+def _of(facts: Facts | None, topic: str, judge: Callable[[Facts], list[Finding]]) -> list[Finding]:
+    """The findings of an examination, or that it did not come to an end."""
+    if facts is None:
+        return [Finding(topic, "unknown", "not examined: it took too long", "run the doctor again")]
+    return judge(facts)
 
 
 def _training_gpus(site: Site, config: Config) -> int:
@@ -90,7 +100,3 @@ def _types(site: Site, config: Config) -> dict[str, int]:
     kinds = site.slurm.kinds(partition) if partition else []
     names = {name for kind in kinds for name in kind.gpus if name}
     return {name: max(kind.gpu_count(name) for kind in kinds) for name in sorted(names)}
-
-
-def _prefetched(run: RunDir) -> bool:
-    return run.outputs("prefetch") is not None

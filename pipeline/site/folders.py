@@ -45,24 +45,38 @@ class Use:
 
 def uses(run: RunDir, config: Config, engine: str, environ: Mapping[str, str] = os.environ) -> list[Use]:
     """The folders of this run. A $VARIABLE that only jobs know cannot be followed from here."""
-    tiny = config.model.path == EMBEDDED
+    size = billions(config)
     home = Path.home()
     xdg = Path(environ.get("XDG_CACHE_HOME") or home / ".cache")
     common = Path(config.cluster.cache).expanduser() if config.cluster.cache else None
     hub = common or Path(environ.get("HF_HOME") or xdg / "huggingface")
     found = [
-        Use(run.root, "run directory", "--run-dir", 1 if tiny else 100),
+        Use(run.root, "run directory", "--run-dir", max(1, round(12 * size))),
         Use(common or cache_dir(config), "the server's cache", "sandbox.cache_dir", 8, unpacks=engine != "docker"),
         Use(Path(tempfile.gettempdir()), "temporary files", "TMPDIR", 1, shared=False),
     ]
-    if not tiny:
-        found.append(Use(hub, "models and data", "cluster.cache or HF_HOME", 60))
+    if config.model.path != EMBEDDED:
+        found.append(Use(hub, "models and data", "cluster.cache or HF_HOME", max(5, round(8 * size))))
     if engine in ("apptainer", "singularity"):
         found += _of_image(engine, home, environ)
     scratch = config.cluster.scratch
     if scratch and not _of_jobs(scratch):
         found.append(Use(Path(os.path.expandvars(scratch)), "scratch", "cluster.scratch", 10, shared=False))
     return found
+
+
+def billions(config: Config) -> float:
+    """Parameters of the model, in billions, as its name says; where it says nothing, those of the largest usual ones.
+
+    A run holds a few copies: checkpoints, the converted reward model, the result. The hub's cache holds the policy's
+    and the reward model's weights, in float32 at times.
+    """
+    if config.model.path == EMBEDDED:
+        return 0.0
+    match = re.search(r"(\d+(?:\.\d+)?)([bm])\b", config.model.path.rstrip("/").rpartition("/")[2].lower())
+    if match is None:
+        return 8.0
+    return float(match[1]) / (1000 if match[2] == "m" else 1)
 
 
 def judge(looks: Mapping[str, Folder | None], wanted: list[Use], config: Config) -> list[Finding]:

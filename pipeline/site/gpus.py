@@ -122,6 +122,12 @@ def _here(facts: GpuFacts, config: Config, local: bool, inside_job: bool) -> lis
         shown = facts.visible or "(empty: none is visible)"
         level: Level = "ok" if facts.visible or not local else "warn"
         findings.append(_finding(level, f"CUDA_VISIBLE_DEVICES={shown}", "unset it to use the GPUs"))
+    asked = 0 if local else config.cluster.resources("train").gpus
+    if asked > count:
+        what = f"{count} GPUs here, and the training's job asks for {asked} on each node"
+        findings.append(
+            _finding("warn", what, "is this one of the nodes that it will run on? cluster.stages.train.gpus")
+        )
     if local and count == 1:
         findings.append(_finding("ok", "one GPU: reward server and training share it"))
     return findings
@@ -172,6 +178,8 @@ def _capability(gpu: str, capability: Version, image: str, needs: Needs) -> list
 
 
 def _torch_build(facts: GpuFacts, config: Config, local: bool) -> list[Finding]:
+    if config.cluster.trainer_image:
+        return [_finding("ok", "the stages' torch is the one in cluster.trainer_image: not looked at")]
     if facts.torch is None:
         return [_finding("fail", "torch is not installed", "install the project's requirements")]
     asked = any(config.cluster.resources(stage).gpus for stage in config.all) if not local else bool(facts.gpus)

@@ -101,8 +101,10 @@ def _python(facts: MachineFacts) -> Finding:
 
 
 def _extras(facts: MachineFacts, config: Config, gpus: int) -> list[Finding]:
-    findings = []
+    findings: list[Finding] = []
     name = config.train.accelerate_config
+    if config.cluster.trainer_image:  # it has packages of its own
+        return findings
     if facts.deepspeed is None and ("zero" in name or (name == "auto" and gpus)):
         what = f"train.accelerate_config: {name} means DeepSpeed where there are GPUs, and it is not installed"
         remedy = "install the project's extra deepspeed, or set train.accelerate_config: ddp"

@@ -86,9 +86,9 @@ def registry_of(image: str) -> str:
     """The address of the registry that an image comes from; "" where it is a file or comes from none."""
     if not image.startswith(("docker://", "oras://")):
         return ""
-    host = image.split("://", 1)[1].split("/", 1)[0]
-    if not re.search(r"[.:]|^localhost$", host):
-        host = "registry-1.docker.io"  # docker://ubuntu
+    host, slash, _ = image.split("://", 1)[1].partition("/")
+    if not slash or not re.search(r"[.:]|^localhost$", host):
+        host = "registry-1.docker.io"  # docker://ubuntu:22.04, docker://library/ubuntu
     scheme = "http" if re.match(r"(localhost|127\.0\.0\.1)(:|$)", host) else "https"
     return f"{scheme}://{host}/v2/"
 

@@ -86,8 +86,9 @@ class SlurmFacts:
         return "sbatch" not in self.missing
 
     def partition(self, name: str | None) -> Partition | None:
-        """The partition of that name, or the default one; None when it does not exist."""
-        return next((each for each in self.partitions if (each.default if name is None else each.name == name)), None)
+        """The partition of that name, the first of several, or the default one; None when it does not exist."""
+        first = name.split(",")[0] if name else None
+        return next((each for each in self.partitions if (each.default if first is None else each.name == first)), None)
 
     def kinds(self, partition: Partition) -> list[NodeKind]:
         """The kinds of nodes in the partition."""

@@ -17,9 +17,18 @@ def judge(facts: SlurmFacts, cluster: Cluster, stages: Sequence[str]) -> list[Fi
     """What of the profile Slurm cannot give."""
     if not facts.partitions:
         return []
-    partition = facts.partition(cluster.partition)
-    if partition is None:
-        return [_no_partition(facts, cluster)]
+    names: list[str | None] = list(cluster.partition.split(",")) if cluster.partition else [None]
+    found = []
+    for name in names:
+        partition = facts.partition(name)
+        if partition is None:
+            return [_no_partition(facts, name)]
+        found.append(_judge_one(facts, cluster, stages, partition))
+    # Of several partitions Slurm takes the one that can start the job first: one that fits is enough.
+    return min(found, key=lambda findings: sum(each.level == "fail" for each in findings))
+
+
+def _judge_one(facts: SlurmFacts, cluster: Cluster, stages: Sequence[str], partition: Partition) -> list[Finding]:
     findings = [] if partition.up else [_finding("fail", f"partition {partition.name} is not up", "choose another one")]
     findings += _place(facts, cluster, partition)
     findings += _requests(facts, cluster)
@@ -71,12 +80,12 @@ def _finding(level: Level, what: str, remedy: str = "") -> Finding:
     return Finding(TOPIC, level, what, remedy)
 
 
-def _no_partition(facts: SlurmFacts, cluster: Cluster) -> Finding:
+def _no_partition(facts: SlurmFacts, name: str | None) -> Finding:
     names = [each.name for each in facts.partitions]
-    if cluster.partition is None:
+    if name is None:
         what = "cluster.partition: none is named, and Slurm has no default partition"
         return _finding("fail", what, f"name one of {', '.join(names)}")
-    what = f"cluster.partition: Slurm has no partition {cluster.partition}{nearest(cluster.partition, names)}"
+    what = f"cluster.partition: Slurm has no partition {name}{nearest(name, names)}"
     return _finding("fail", what, f"take one of {', '.join(names)}")
 
 
@@ -102,16 +111,14 @@ def _place(facts: SlurmFacts, cluster: Cluster, partition: Partition) -> Iterato
         what = f"cluster.qos: you have no QoS {cluster.qos}{nearest(cluster.qos, qos)}"
         yield _finding("fail", what, f"yours: {', '.join(sorted(qos))}")
     if cluster.constraint:
-        known = {feature for kind in facts.kinds(partition) for feature in kind.features}
-        for name in re.findall(r"[A-Za-z_][\w.-]*", cluster.constraint):
-            if name not in known:
+        features = {feature for kind in facts.kinds(partition) for feature in kind.features}
+        has = f"its nodes have {', '.join(sorted(features))}" if features else "its nodes have none: leave it out"
+        named = [name for name in re.split(r"\*\d+|[&|,()\[\]!\s]+", cluster.constraint) if name]
+        absent = [name for name in named if name not in features]
+        if absent and ("|" not in cluster.constraint or absent == named):  # of alternatives, one is enough
+            for name in absent:
                 what = f"cluster.constraint: no node of partition {partition.name} has the feature {name}"
-                has = (
-                    f"its nodes have {', '.join(sorted(known))}"
-                    if known
-                    else "its nodes have no features: leave it out"
-                )
-                yield _finding("fail", what + nearest(name, known), has)
+                yield _finding("fail", what + nearest(name, features), has)
 
 
 def _requests(facts: SlurmFacts, cluster: Cluster) -> Iterator[Finding]:
@@ -138,17 +145,18 @@ def _resources(
     if not kinds:
         return
     mem_mb = 0 if cluster.memory_request == "none" else asked.mem_gb * 1024
-    typed = f" of type {cluster.gpu_type}" if cluster.gpu_type else ""
     types = {name for kind in kinds for name in kind.gpus if name}
+    typed = f" of type {cluster.gpu_type}" if cluster.gpu_type in types else ""
     cpus = min(max(kind.cpus for kind in kinds), partition.max_cpus or 10**9)
     memory = min(max(kind.mem_mb for kind in kinds), partition.max_mem_mb or 10**12)
-    gpus = max(kind.gpu_count(cluster.gpu_type) for kind in kinds)
+    known = cluster.gpu_type if cluster.gpu_type in types else None
+    gpus = max(kind.gpu_count(known) for kind in kinds)
     faults = []
     if asked.gpus and cluster.gpu_type and cluster.gpu_type not in types:
         what = f"cluster.gpu_type: partition {partition.name} has no GPUs of type {cluster.gpu_type}"
         has = f"it has {', '.join(sorted(types))}" if types else "its GPUs have no types: leave it out"
         faults.append(_finding("fail", what + nearest(cluster.gpu_type, types), has))
-    elif asked.gpus > gpus:
+    if asked.gpus > gpus:
         what = f"{key}.gpus: {asked.gpus}, but no node of partition {partition.name} has more than {gpus}{typed}"
         more = f"ask for at most {gpus}, and for more nodes" if gpus else "take a partition with GPUs"
         faults.append(_finding("fail", what, more))

@@ -22,6 +22,8 @@ from pipeline.site.findings import Finding
 from pipeline.stages.plan import Planned
 
 TOPIC = "Cluster profile"
+_TRIAL_S = 15.0
+"""Seconds that a controller may think about one script: many scripts at once keep it busy."""
 
 _KEYS = (
     ("partition", "cluster.partition"),
@@ -55,10 +57,10 @@ def probe(run: RunDir, config: Config) -> dict[str, Answer]:
         def test(job: Job) -> Answer:
             path = Path(folder) / f"{job.name}.sh"
             path.write_text(script.render(run, "doctor", config.cluster, job, code))
-            return ask(["sbatch", "--test-only", str(path)], env=env)
+            return ask(["sbatch", "--test-only", str(path)], timeout_s=_TRIAL_S, env=env)
 
         jobs = jobs_of(config)
-        answers = together({job.name: functools.partial(test, job) for job in jobs})
+        answers = together({job.name: functools.partial(test, job) for job in jobs}, _TRIAL_S + 2)
     return {name: answer or Answer(None, "sbatch: no answer") for name, answer in answers.items()}
 
 
@@ -70,9 +72,13 @@ def judge(answers: Mapping[str, Answer], config: Config) -> list[Finding]:
         starts = sorted(found[1] for name in accepted if (found := re.search(r"to start at (\S+)", answers[name].text)))
         when = f"; the last would start at {starts[-1].replace('T', ' ')}" if starts else ""
         findings.append(Finding(TOPIC, "ok", f"sbatch accepts the jobs of {', '.join(accepted)}{when}"))
+    silent = [name for name, answer in answers.items() if answer.status is None]
+    if silent:
+        what = f"the controller did not say in time whether it takes the jobs of {', '.join(silent)}"
+        findings.append(Finding(TOPIC, "unknown", what, "it is busy: run the doctor again later"))
     reasons: dict[str, list[str]] = {}
     for name, answer in answers.items():
-        if not answer.ok:
+        if answer.status:
             reasons.setdefault(words(answer.text), []).append(name)
     findings += [_refused(reason, names, config) for reason, names in reasons.items()]
     return findings
