@@ -63,8 +63,21 @@ def test_apptainer_needs_user_namespaces_or_a_setuid_starter() -> None:
 def test_an_engine_that_the_profile_names_and_this_machine_lacks() -> None:
     wanted = config(cluster={**ON_SLURM, "engine": "singularity"})
     findings = engine.judge(EngineFacts({"apptainer": APPTAINER}, user_namespaces=YES, fuse=True), wanted)
+    assert faults(findings) == []  # jobs may have it
+    assert warnings(findings) == ["singularity (cluster.engine): not on PATH here"]
+    facts = EngineFacts({"apptainer": APPTAINER}, user_namespaces=YES, fuse=True)
+    findings = engine.judge(facts, wanted, inside_job=True)
     assert faults(findings) == ["singularity (cluster.engine): not on PATH here"]
     assert "apptainer, venv" in findings[-1].what
+    findings = engine.judge(facts, config("sandbox.engine=singularity"))
+    assert faults(findings) == ["singularity (sandbox.engine): not on PATH here"]
+
+
+def test_a_sif_needs_fuse_and_a_sandbox_does_not() -> None:
+    facts = EngineFacts({"apptainer": APPTAINER}, user_namespaces=YES)
+    (warning,) = warnings(engine.judge(facts, config()))
+    assert "no squashfuse, or no access to /dev/fuse" in warning
+    assert warnings(engine.judge(facts, config("sandbox.format=sandbox"))) == []
 
 
 def test_the_venv_engine_needs_a_python_and_a_libc_that_suit_it() -> None:
@@ -233,7 +246,7 @@ def test_the_folders_of_a_run_follow_its_variables(tmp_path: Path) -> None:
     }
     assert found["run directory"] == tmp_path
     assert found["models and data"] == Path("/data/hf")
-    assert found["image cache"] == Path("/data/sif")
+    assert found["the engine's cache"] == Path("/data/sif")
     assert found["unpacking images"] == Path("/local/tmp")
     assert "scratch" not in found  # jobs alone know it
     (note,) = [each for each in folders.judge({}, [], config(cluster=cluster)) if each.level == "unknown"]
@@ -334,14 +347,21 @@ def test_the_profiles_interface_is_certain_only_on_a_node() -> None:
     ("image", "address"),
     [
         ("docker://nvcr.io/nvidia/tritonserver:22.08-py3", "https://nvcr.io/v2/"),
-        ("docker://127.0.0.1:5000/triton:1", "http://127.0.0.1:5000/v2/"),
+        ("docker://127.0.0.1:5000/triton:1", "https://127.0.0.1:5000/v2/"),
         ("docker://ubuntu:22.04", "https://registry-1.docker.io/v2/"),
+        ("docker://someone/triton@sha256:" + "0" * 64, "https://registry-1.docker.io/v2/"),
+        ("docker://no image's name", ""),
         ("/images/triton.sif", ""),
         ("oci-archive:/images/triton.tar", ""),
     ],
 )
 def test_which_registry_an_image_comes_from(image: str, address: str) -> None:
-    assert network.registry_of(image) == address
+    assert network.registry_of(image, {}) == address
+
+
+def test_a_registry_without_https_is_asked_as_the_fetch_asks_it() -> None:
+    environ = {"APPTAINER_NOHTTPS": "1"}
+    assert network.registry_of("docker://127.0.0.1:5000/triton:1", environ) == "http://127.0.0.1:5000/v2/"
 
 
 def test_an_address_where_nobody_listens_is_told_from_one_that_answers() -> None:
@@ -383,12 +403,12 @@ def test_deepspeed_is_missed_only_where_the_training_uses_it() -> None:
 
 def test_modules_and_image_files_are_tried(tmp_path: Path) -> None:
     cluster = {**ON_SLURM, "modules": ["no-such/1"], "trainer_image": str(tmp_path / "trainer.sif")}
-    wanted = config(f"sandbox.image=oci-archive:{tmp_path}/triton.tar:latest", cluster=cluster)
-    found = faults(named.judge(named.probe(wanted), wanted))
-    assert [fault.split(":")[0] for fault in found] == ["cluster.modules", "cluster.trainer_image", "sandbox.image"]
+    wanted = config(f"sandbox.image=oci-archive:{tmp_path}/triton.tar", cluster=cluster)
+    found = faults(named.judge(named.probe(wanted, "apptainer"), wanted))
+    assert [fault.split(":")[0] for fault in found] == ["cluster.modules", "sandbox.image", "cluster.trainer_image"]
     for name in ("trainer.sif", "triton.tar"):
         (tmp_path / name).touch()
-    assert len(faults(named.judge(named.probe(wanted), wanted))) == 1
+    assert len(faults(named.judge(named.probe(wanted, "apptainer"), wanted))) == 1
 
 
 # Asking and showing

@@ -8,13 +8,13 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.config.schema import Config
+from pipeline.containers.command import ENGINES, choose_engine
 from pipeline.errors import UserError
 from pipeline.serving import environment
-from pipeline.serving.engines import CONTAINERS, choose_engine
 from pipeline.site.ask import Answer, ask, together
 from pipeline.site.findings import Finding, Level
 
@@ -47,7 +47,7 @@ class EngineFacts:
 
 def probe() -> EngineFacts:
     """Look for engines, and try a user namespace."""
-    found = [name for name in CONTAINERS if shutil.which(name)]
+    found = [name for name in ENGINES if shutil.which(name)]
     commands = {name: [name, "--version"] for name in found}
     commands["unshare"] = ["unshare", "--user", "--map-root-user", "true"]
     if "docker" in found:
@@ -71,8 +71,7 @@ def wanted(config: Config, facts: EngineFacts) -> str:
     """The engine that the `sandbox` stage will take here; what "auto" means is the profile's, or what is found."""
     if config.sandbox.engine != "auto":
         return config.sandbox.engine
-    found = choose_engine("auto", lambda engine: engine if engine in facts.versions else None)
-    return config.cluster.engine or found
+    return choose_engine("auto", config.cluster.engine, lambda name: name if name in facts.versions else None)
 
 
 def works(name: str, facts: EngineFacts) -> bool:
@@ -80,7 +79,7 @@ def works(name: str, facts: EngineFacts) -> bool:
     return not any(finding.level == "fail" for finding in _judge_one(name, facts))
 
 
-def judge(facts: EngineFacts, config: Config) -> list[Finding]:
+def judge(facts: EngineFacts, config: Config, inside_job: bool = False) -> list[Finding]:
     """The engine that will be taken, and what it lacks."""
     name = wanted(config, facts)
     if name == "none":
@@ -90,6 +89,11 @@ def judge(facts: EngineFacts, config: Config) -> list[Finding]:
     else:
         chosen = f"{name} ({'cluster.engine' if config.cluster.engine else 'found by sandbox.engine: auto'})"
     findings = _judge_one(name, facts, chosen)
+    if name == config.cluster.engine and name in ENGINES and name not in facts.versions:
+        if config.cluster.executor == "slurm" and not inside_job:  # jobs may find it where the login node does not
+            findings = [replace(findings[0], level="warn", remedy="see whether jobs find it: srun which " + name)]
+    elif name in ("apptainer", "singularity") and _mounts_sif(config):
+        findings += _judge_fuse(name, facts)
     others = [engine for engine in facts.versions if engine != name]
     if any(each.level == "fail" for each in findings):
         fine = [engine for engine in (*others, "venv") if engine != name and works(engine, facts)]
@@ -161,13 +165,25 @@ def _judge_privileges(name: str, answer: Answer, facts: EngineFacts) -> list[Fin
         what = f"an ordinary user can make no user namespace ({why}), and there is no setuid starter"
         remedy = "ask the site (user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns), or use venv"
         findings.append(_finding("fail", what, remedy))
-    if not facts.fuse and name not in facts.setuid:
-        what = "no squashfuse or no access to /dev/fuse: a .sif image would be unpacked at every start"
-        findings.append(_finding("warn", what, "keep the image as a sandbox folder, or ask for squashfuse and fuse"))
     if not facts.subuid and not facts.root:
         what = "you have no entry in /etc/subuid: building works from docker:// and archives, not with every %post"
         findings.append(_finding("ok", what))
     return findings
+
+
+def _mounts_sif(config: Config) -> bool:
+    """Whether the server's image, or the trainer's, is a .sif file that is mounted to be run."""
+    trainer = config.cluster.trainer_image
+    packed = config.sandbox.format == "sif" and not config.sandbox.unpack_on_node
+    return packed or (trainer is not None and trainer.endswith(".sif"))
+
+
+def _judge_fuse(name: str, facts: EngineFacts) -> list[Finding]:
+    """What mounting a .sif file takes where the engine has no privileges."""
+    if facts.fuse or name in facts.setuid or name not in facts.versions:
+        return []
+    what = "no squashfuse, or no access to /dev/fuse: a .sif file is unpacked at every start, which takes minutes"
+    return [_finding("warn", what, "set sandbox.format: sandbox, or ask for squashfuse and access to /dev/fuse")]
 
 
 def _has_setuid_starter(name: str) -> bool:

@@ -54,7 +54,7 @@ def examine(site: Site, run: RunDir, config: Config) -> list[Finding]:
     questions: dict[str, Callable[[], Any]] = {
         "network": lambda: network.probe(config, engine),
         "folders": lambda: storage.probe({use.name: use.path for use in uses} | {"/dev/shm": Path("/dev/shm")}),
-        "named": lambda: named.probe(config),
+        "named": lambda: named.probe(config, engine),
         "trial": lambda: trial.probe(run, config) if try_jobs else {},
     }
     answers = together(questions, _DEADLINE_S)
@@ -69,7 +69,7 @@ def examine(site: Site, run: RunDir, config: Config) -> list[Finding]:
         found += _of(answers["trial"], trial.TOPIC, lambda facts: trial.judge(facts, config))
         found += slurm_profile.judge_preemption(site.slurm, config.cluster)
     found += _of(answers["named"], named.TOPIC, lambda facts: named.judge(facts, config))
-    found += engines.judge(site.engine, config)
+    found += engines.judge(site.engine, config, inside_job)
     found += gpus.judge(site.gpus, config, engine, _types(site, config), inside_job)
     found += folders.judge(looks, uses, config)
     if engine != "none":

@@ -52,13 +52,15 @@ def uses(run: RunDir, config: Config, engine: str, environ: Mapping[str, str] = 
     hub = common or Path(environ.get("HF_HOME") or xdg / "huggingface")
     found = [
         Use(run.root, "run directory", "--run-dir", max(1, round(12 * size))),
-        Use(common or cache_dir(config), "the server's cache", "sandbox.cache_dir", 8, unpacks=engine != "docker"),
+        Use(
+            cache_dir(config), "the server's cache", "sandbox.cache_dir", _cache_gib(engine), unpacks=engine != "docker"
+        ),
         Use(Path(tempfile.gettempdir()), "temporary files", "TMPDIR", 1, shared=False),
     ]
     if config.model.path != EMBEDDED:
         found.append(Use(hub, "models and data", "cluster.cache or HF_HOME", max(5, round(8 * size))))
     if engine in ("apptainer", "singularity"):
-        found += _of_image(engine, home, environ)
+        found += _of_image(engine, environ)
     scratch = config.cluster.scratch
     if scratch and not _of_jobs(scratch):
         found.append(Use(Path(os.path.expandvars(scratch)), "scratch", "cluster.scratch", 10, shared=False))
@@ -150,19 +152,22 @@ def _judge_one(folder: Folder, use: Use, slurm: bool) -> list[Finding]:
     return found
 
 
-def _of_image(engine: str, home: Path, environ: Mapping[str, str]) -> list[Use]:
-    """Where Apptainer and Singularity unpack: either prefix of their variables, and their own defaults."""
+def _cache_gib(engine: str) -> int:
+    """The environment of engine "venv"; an image as it was fetched, with the engine's own cache, and as it is run."""
+    return 3 * _IMAGE_GIB if engine in ("apptainer", "singularity") else 8
 
-    def variable(name: str) -> str | None:
-        return environ.get(f"APPTAINER_{name}") or environ.get(f"SINGULARITY_{name}")
 
-    cache = Path(variable("CACHEDIR") or home / f".{engine}" / "cache")
-    temporary = Path(variable("TMPDIR") or environ.get("TMPDIR") or "/tmp")
+def _of_image(engine: str, environ: Mapping[str, str]) -> list[Use]:
+    """Where Apptainer and Singularity unpack an image, and what they keep where a person has moved it."""
     key = engine.upper()
-    return [
-        Use(cache, "image cache", f"{key}_CACHEDIR", _IMAGE_GIB, shared=False),
-        Use(temporary, "unpacking images", f"{key}_TMPDIR", _IMAGE_GIB, shared=False, unpacks=True),
-    ]
+    temporary, kept = (
+        environ.get(f"APPTAINER_{name}") or environ.get(f"SINGULARITY_{name}") for name in ("TMPDIR", "CACHEDIR")
+    )
+    place = Path(temporary or environ.get("TMPDIR") or "/tmp")
+    found = [Use(place, "unpacking images", f"{key}_TMPDIR", _IMAGE_GIB, shared=False, unpacks=True)]
+    if kept:
+        found.append(Use(Path(kept), "the engine's cache", f"{key}_CACHEDIR", _IMAGE_GIB, shared=False))
+    return found
 
 
 def _size(count: int) -> str:

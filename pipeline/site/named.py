@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pipeline.config.schema import Config
+from pipeline.containers.command import ENGINES
+from pipeline.containers.source import parse_source
+from pipeline.errors import UserError
 from pipeline.site.ask import Answer, ask
 from pipeline.site.findings import Finding
 
@@ -21,17 +22,24 @@ class NamedFacts:
 
     modules: Answer | None = None
     """What bash said while it loaded the profile's modules, as a job does; None without modules."""
-    missing: Mapping[str, str] = field(default_factory=dict)
-    """Files that are not there, by the key that names them."""
+    faults: tuple[str, ...] = ()
+    """What is wrong with the images that are named."""
 
 
-def probe(config: Config) -> NamedFacts:
-    """Load the modules in a shell, and look for the files."""
+def probe(config: Config, engine: str) -> NamedFacts:
+    """Load the modules in a shell, and look for the images that are files."""
     modules = config.cluster.modules if config.cluster.executor == "slurm" else ()
     script = " && ".join(f"module load {shlex.quote(module)}" for module in modules)
-    files = {"cluster.trainer_image": config.cluster.trainer_image or "", "sandbox.image": _file(config.sandbox.image)}
-    missing = {key: path for key, path in files.items() if path and not os.path.exists(os.path.expanduser(path))}
-    return NamedFacts(ask(["bash", "-c", script]) if modules else None, missing)
+    faults = []
+    if engine in ENGINES:
+        try:
+            parse_source(config.sandbox.image)
+        except UserError as error:
+            faults.append(str(error))
+    trainer = config.cluster.trainer_image
+    if trainer and not os.path.exists(os.path.expanduser(trainer)):
+        faults.append(f"cluster.trainer_image: {trainer}: no such image here")
+    return NamedFacts(ask(["bash", "-c", script]) if modules else None, tuple(faults))
 
 
 def judge(facts: NamedFacts, config: Config) -> list[Finding]:
@@ -44,14 +52,6 @@ def judge(facts: NamedFacts, config: Config) -> list[Finding]:
         else:
             what = f"cluster.modules: loading {names} fails here, as it would in each job: {facts.modules.line}"
             findings.append(Finding(TOPIC, "fail", what, "correct the names (module avail), or leave them out"))
-    for key, path in facts.missing.items():
-        findings.append(Finding(TOPIC, "fail", f"{key}: {path} is not there", "correct the path, or build the image"))
+    remedy = "correct the path, or build the image (containers/)"
+    findings += [Finding(TOPIC, "fail", fault, remedy) for fault in facts.faults]
     return findings
-
-
-def _file(image: str) -> str:
-    """The file or folder that an image is, or is archived in; "" where it comes from a registry."""
-    kind, colon, rest = image.partition(":")
-    if colon and kind in ("docker-archive", "oci-archive"):
-        return re.sub(r":[\w.-]+$", "", rest)  # a tag may follow the path
-    return image if image.startswith(("/", "~", "./")) or image.endswith((".sif", ".def")) else ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import netrc
 import os
-import re
 import socket
 import urllib.error
 import urllib.request
@@ -15,6 +14,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from pipeline.config.schema import Config
+from pipeline.containers.registry import parse_reference
+from pipeline.errors import UserError
 from pipeline.run.sources import EMBEDDED
 from pipeline.site.ask import together
 from pipeline.site.findings import Finding, Level
@@ -49,7 +50,7 @@ def probe(config: Config, engine: str, environ: Mapping[str, str] = os.environ) 
     from huggingface_hub import constants
 
     hub = constants.ENDPOINT if _needs_hub(config) else ""
-    registry = registry_of(config.sandbox.image) if engine in ("apptainer", "singularity", "docker") else ""
+    registry = registry_of(config.sandbox.image, environ) if engine in ("apptainer", "singularity", "docker") else ""
     tried = [address for address in (hub, registry) if address]
     answers = together({each: functools.partial(_reach, each, config.cluster.proxy) for each in tried}, _DEADLINE_S)
     excepted = (environ.get("no_proxy") or environ.get("NO_PROXY") or "").replace(" ", "").split(",")
@@ -71,7 +72,7 @@ def judge(facts: NetworkFacts, config: Config, prefetched: bool, inside_job: boo
     """What the stages with internet, and the nodes among themselves, will not reach."""
     findings = [_hub(facts, prefetched, inside_job)]
     if facts.registry:
-        findings.append(_registry(facts, config, inside_job))
+        findings.append(_registry(facts, config, prefetched, inside_job))
     if facts.proxies:
         loopback = "" if facts.loopback_excepted else "; no_proxy leaves out 127.0.0.1: no harm, rewards ignore proxies"
         findings.append(_finding("ok", f"{', '.join(facts.proxies)} set here{loopback}"))
@@ -82,15 +83,17 @@ def judge(facts: NetworkFacts, config: Config, prefetched: bool, inside_job: boo
     return findings
 
 
-def registry_of(image: str) -> str:
-    """The address of the registry that an image comes from; "" where it is a file or comes from none."""
-    if not image.startswith(("docker://", "oras://")):
+def registry_of(image: str, environ: Mapping[str, str] = os.environ) -> str:
+    """The address of the registry that an image comes from; "" where it is a file, or no image's name."""
+    if not image.startswith("docker://"):
         return ""
-    host, slash, _ = image.split("://", 1)[1].partition("/")
-    if not slash or not re.search(r"[.:]|^localhost$", host):
-        host = "registry-1.docker.io"  # docker://ubuntu:22.04, docker://library/ubuntu
-    scheme = "http" if re.match(r"(localhost|127\.0\.0\.1)(:|$)", host) else "https"
-    return f"{scheme}://{host}/v2/"
+    try:
+        host = parse_reference(image).host
+    except UserError:  # said by `pipeline.site.named`
+        return ""
+    host = "registry-1.docker.io" if host == "docker.io" else host
+    plain = any(environ.get(f"{prefix}_NOHTTPS") for prefix in ("APPTAINER", "SINGULARITY"))
+    return f"{'http' if plain else 'https'}://{host}/v2/"
 
 
 def _finding(level: Level, what: str, remedy: str = "") -> Finding:
@@ -110,19 +113,21 @@ def _hub(facts: NetworkFacts, prefetched: bool, inside_job: bool) -> Finding:
     if prefetched:
         return _finding("ok", f"{what}; prefetch is done, and nothing else needs it")
     remedy = (
-        "run --stage prefetch,sandbox where it can be reached, such as a login node; "
+        "run --stage prefetch where it can be reached, such as a login node; "
         "name a proxy (cluster.proxy) or a mirror (HF_ENDPOINT); or give folders (model.path, data.source)"
     )
     return _finding("warn" if inside_job else "fail", what, remedy)
 
 
-def _registry(facts: NetworkFacts, config: Config, inside_job: bool) -> Finding:
+def _registry(facts: NetworkFacts, config: Config, prefetched: bool, inside_job: bool) -> Finding:
     why = facts.reached.get(facts.registry, "")
     host = urlsplit(facts.registry).netloc
     if not why:
         return _finding("ok", f"the image's registry {host} answers")
     what = f"the registry {host} of {config.sandbox.image} cannot be reached: {why}"
-    remedy = "run --stage sandbox where it can be, or set sandbox.image to a file that was fetched there"
+    if prefetched:
+        return _finding("ok", f"{what}; prefetch is done, and nothing else needs it")
+    remedy = "run --stage prefetch where it can be, or set sandbox.image to a file that was fetched there"
     return _finding("warn" if inside_job else "fail", what, remedy)
 
 
