@@ -244,6 +244,28 @@ def test_sbatchs_refusals_are_grouped_and_name_the_key() -> None:
     assert "invalid partition specified: x; Invalid partition name" in named.what
 
 
+@pytest.mark.parametrize(
+    ("said", "key"),
+    [
+        ("Invalid account or account/partition combination specified", "cluster.account"),
+        ("Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)", "cluster.qos"),
+        ("Invalid qos specification", "cluster.qos"),
+        ("Requested time limit is invalid (missing or exceeds some limit)", "time_min"),
+        ("Invalid generic resource (gres) specification", "cluster.gpu_type"),
+        ("Memory specification can not be satisfied", "mem_gb"),
+        ("More processors requested than permitted", "cpus"),
+        ("unrecognized option '--bogus=1'", "cluster.extra"),
+        ("Access/permission denied", "not admitted"),
+        ("Invalid partition name specified", "cluster.partition"),
+    ],
+)
+def test_sbatchs_words_lead_to_the_key(said: str, key: str) -> None:
+    config = load.check({**load.load_preset("demo"), "cluster": PROFILE})
+    (found,) = trial.judge({"sft": Answer(1, f"sbatch: error: {said}\n")}, config)
+    assert found.remedy.startswith("look at ")
+    assert key in found.remedy.split("(asked for")[0]
+
+
 def drafted(facts: SlurmFacts, **environ: str) -> tuple[Config, str]:
     text = draft(Seen(facts, EngineFacts(), ("lo", "eth0", "ib0"), environ))
     return load.check({**load.load_preset("gptj"), "cluster": yaml.safe_load(text)}), text

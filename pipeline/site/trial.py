@@ -26,19 +26,22 @@ _TRIAL_S = 15.0
 """Seconds that a controller may think about one script: many scripts at once keep it busy."""
 
 _KEYS = (
-    ("partition", "cluster.partition"),
+    ("accounting/qos policy", "cluster.qos, and the site's limits on it (sacctmgr show qos)"),
+    ("account", "cluster.account, and whether it may use cluster.partition"),
+    ("qos", "cluster.qos"),
     ("feature", "cluster.constraint"),
     ("reservation", "cluster.reservation"),
     ("gres", "cluster.gpu_request and cluster.gpu_type"),
-    ("account", "cluster.account, cluster.qos and cluster.partition"),
-    ("qos", "cluster.qos"),
     ("time limit", "time_min of that stage"),
-    ("node configuration", "gpus, cpus, mem_gb and nodes of that stage"),
+    ("memory", "cluster.memory_request, and mem_gb of that stage"),
+    ("processors", "cpus of that stage"),
     ("cpu count", "cpus of that stage"),
     ("node count", "nodes of that stage"),
-    ("memory", "cluster.memory_request, and mem_gb of that stage"),
+    ("node configuration", "gpus, cpus, mem_gb and nodes of that stage"),
+    ("node name", "cluster.exclude"),
     ("option", "cluster.extra"),
     ("permission", "cluster.partition: jobs of yours, or from this host, are not admitted"),
+    ("partition", "cluster.partition"),
 )
 """What sbatch says and which key of the profile it is about; the first that fits."""
 
