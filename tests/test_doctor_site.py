@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,9 +56,15 @@ def test_apptainer_needs_user_namespaces_or_a_setuid_starter() -> None:
     facts = EngineFacts({"apptainer": APPTAINER}, user_namespaces=NO, setuid=("apptainer",))
     assert faults(engine.judge(facts, config())) == []
     assert len(warnings(engine.judge(facts, config()))) == 1
-    facts = EngineFacts({"apptainer": APPTAINER}, user_namespaces=NO, apparmor_restricts=True, fuse=True)
+    facts = EngineFacts({"apptainer": APPTAINER}, user_namespaces=NO, fuse=True)
     (fault,) = faults(engine.judge(facts, config()))
-    assert "can make no user namespace (AppArmor restricts them)" in fault
+    assert "can make no user namespace (unshare: unshare failed: Operation not permitted)" in fault
+    forbidden = replace(facts, restriction="user.max_user_namespaces = 0")
+    (fault,) = faults(engine.judge(forbidden, config()))
+    assert "can make no user namespace (user.max_user_namespaces = 0), and there is no setuid starter" in fault
+    apparmor = replace(facts, restriction="kernel.apparmor_restrict_unprivileged_userns = 1")
+    assert faults(engine.judge(apparmor, config())) == []  # the engine's own profile may allow it
+    assert len(warnings(engine.judge(apparmor, config()))) == 1
 
 
 def test_an_engine_that_the_profile_names_and_this_machine_lacks() -> None:

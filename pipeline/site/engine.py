@@ -33,7 +33,8 @@ class EngineFacts:
     """What docker's daemon said; None without docker."""
     user_namespaces: Answer | None = None
     """Whether one could be made (unshare), and what the kernel said."""
-    apparmor_restricts: bool = False
+    restriction: str = ""
+    """The kernel's setting that forbids them; empty: none is known."""
     setuid: tuple[str, ...] = ()
     """Engines with a setuid starter."""
     fuse: bool = False
@@ -57,7 +58,7 @@ def probe() -> EngineFacts:
         {name: answers[name] or Answer(None, "no answer") for name in found},
         answers.get("daemon"),
         answers["unshare"],
-        _sysctl("kernel/apparmor_restrict_unprivileged_userns") == "1",
+        _restriction(),
         tuple(name for name in found if name != "docker" and _has_setuid_starter(name)),
         os.access("/dev/fuse", os.R_OK | os.W_OK) and any(map(shutil.which, ("squashfuse_ll", "squashfuse"))),
         _has_subuid(),
@@ -161,10 +162,13 @@ def _judge_privileges(name: str, answer: Answer, facts: EngineFacts) -> list[Fin
         findings.append(_finding("warn", what, "if the sandbox stage fails, build the image where they are allowed"))
     else:
         reason = facts.user_namespaces.line if facts.user_namespaces else "no answer"
-        why = "AppArmor restricts them" if facts.apparmor_restricts else reason
-        what = f"an ordinary user can make no user namespace ({why}), and there is no setuid starter"
-        remedy = "ask the site (user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns), or use venv"
-        findings.append(_finding("fail", what, remedy))
+        what = f"an ordinary user can make no user namespace ({facts.restriction or reason})"
+        if "apparmor" in facts.restriction:  # a profile may allow them to the engine alone: its own packages bring one
+            remedy = f"try {name} exec IMAGE true; if it fails, ask for {name}'s AppArmor profile"
+            findings.append(_finding("warn", what, remedy))
+        else:
+            remedy = "ask the site to allow them, or take sandbox.engine: venv"
+            findings.append(_finding("fail", f"{what}, and there is no setuid starter", remedy))
     if not facts.subuid and not facts.root:
         what = "you have no entry in /etc/subuid: building works from docker:// and archives, not with every %post"
         findings.append(_finding("ok", what))
@@ -208,6 +212,17 @@ def _sysctl(name: str) -> str:
         return Path("/proc/sys", name).read_text().strip()
     except OSError:  # this kernel does not have it
         return ""
+
+
+def _restriction() -> str:
+    """The kernel's setting, and its value, that keeps ordinary users from making user namespaces."""
+    forbidding = (
+        ("user.max_user_namespaces", "0"),
+        ("kernel.unprivileged_userns_clone", "0"),
+        ("kernel.apparmor_restrict_unprivileged_userns", "1"),
+    )
+    found = [f"{name} = {value}" for name, value in forbidding if _sysctl(name.replace(".", "/", 1)) == value]
+    return ", ".join(found)
 
 
 def _venv_fault() -> str | None:
