@@ -16,7 +16,7 @@ from pipeline.scheduler.options import dependency, job_resources
 from pipeline.scheduler.submission import Job, Submission
 from pipeline.stages.job import VISIBLE_DEVICES, run_job
 
-_LEAKING = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "PMI_", "PMIX_", "SUBMITIT_")
+LEAKING = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "PMI_", "PMIX_", "SUBMITIT_")
 """Variables of a surrounding job that would change or break the jobs submitted from inside it."""
 
 
@@ -34,7 +34,7 @@ def submit_jobs(run: RunDir, submission: Submission, cluster: Cluster) -> Submis
 
 def _submit_all(run: RunDir, submission: Submission, cluster: Cluster, code: Path) -> None:
     local = submission.executor == "local"
-    allocation = {key: value for key, value in os.environ.items() if key.startswith(_LEAKING) and key != "SLURM_CONF"}
+    allocation = {key: value for key, value in os.environ.items() if key.startswith(LEAKING) and key != "SLURM_CONF"}
     for key in allocation:
         del os.environ[key]
     if local:
