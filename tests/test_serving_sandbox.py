@@ -69,6 +69,29 @@ def test_a_second_builder_waits_for_the_first(tmp_path: Path, monkeypatch: pytes
     assert not built
 
 
+def test_a_builder_that_died_on_another_node_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = {**asdict(procs.this_process()), "host": "node7", "purpose": "building", "since": 0.0}
+    lock, now = tmp_path / "server-1.lock", 1000.0
+    atomic.write_json(lock, elsewhere)
+    slept: list[float] = []
+
+    def a_minute_passes(_: float) -> None:
+        nonlocal now
+        now += 60
+        slept.append(now)
+        if len(slept) == 2:  # it is alive, and goes on
+            os.utime(lock, (now, now))
+
+    monkeypatch.setattr(build_cache.time, "monotonic", lambda: now)
+    monkeypatch.setattr(build_cache.time, "sleep", a_minute_passes)
+    _, _, built = build_cache.cached(tmp_path, "server-1", write_manifest, always)
+    assert built
+    assert len(slept) == 2 + 3  # three minutes after it moved last
+    assert os.listdir(tmp_path) == ["server-1"]
+
+
 def test_an_environment_whose_python_is_gone_is_built_again(tmp_path: Path) -> None:
     build_cache.cached(tmp_path, "server-1", write_manifest, always)
     _, _, built = build_cache.cached(tmp_path, "server-1", write_manifest, lambda folder: (folder / "bin").exists())

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+import os
 import shutil
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,9 @@ from pipeline.run.lock import lock
 
 MANIFEST = "manifest.json"
 _WAIT_S = 3600.0
+_BEAT_S = 10.0
+_LOST_S = 180.0
+"""A lock of another node that has not moved for so long belongs to nobody; shared file systems show changes late."""
 
 logger = logging.getLogger(__name__)
 
@@ -30,17 +37,17 @@ def cached(cache: Path, name: str, build: Builder, usable: Callable[[Path], bool
     one builder works at a time and others wait for it. What an interrupted builder left is removed by the next.
     """
     folder, building, lock_file = cache / name, cache / f"{name}.building", cache / f"{name}.lock"
-    deadline = time.monotonic() + _WAIT_S
+    deadline, others = time.monotonic() + _WAIT_S, _Watch(lock_file)
     while True:
         manifest = atomic.read_json(folder / MANIFEST)
         if manifest is not None and usable(folder):
             return folder, manifest, False
-        if _held(lock_file):
+        if others.building():
             if time.monotonic() > deadline:
                 raise UserError(f"{lock_file}: still held after {_WAIT_S:.0f} s; delete it if that build is gone")
             time.sleep(0.5)
             continue
-        with lock(lock_file, f"building {name}"):
+        with lock(lock_file, f"building {name}"), _beating(lock_file):
             if (folder / MANIFEST).exists() and usable(folder):  # another builder finished between our two looks
                 continue
             shutil.rmtree(building, ignore_errors=True)
@@ -56,13 +63,57 @@ def cached(cache: Path, name: str, build: Builder, usable: Callable[[Path], bool
             return folder, manifest, True
 
 
-def _held(lock_file: Path) -> bool:
-    """Whether a live process holds the lock."""
-    held = atomic.read_json(lock_file)
-    if held is None:
+class _Watch:
+    """Whether somebody is building. A process of another node cannot be looked at: its lock file must keep moving."""
+
+    def __init__(self, lock_file: Path) -> None:
+        self._file = lock_file
+        self._seen: tuple[str, float] | None = None
+        self._since = 0.0
+
+    def building(self) -> bool:
+        """Whether a live process holds the lock. That of a dead one of another node is removed."""
+        try:
+            text, moved = self._file.read_text(), self._file.stat().st_mtime
+        except FileNotFoundError:
+            return False
+        held = json.loads(text)
+        holder = procs.ProcessId(held["host"], held["pid"], held["start"], held["boot"])
+        if self._seen != (text, moved):
+            self._seen, self._since = (text, moved), time.monotonic()
+            logger.info("waiting for process %d on %s, which is %s", holder.pid, holder.host, held["purpose"])
+        if holder.here:
+            return holder.alive()
+        if time.monotonic() - self._since < _LOST_S:
+            return True
+        self._remove(text)
         return False
-    holder = procs.ProcessId(held["host"], held["pid"], held["start"], held["boot"])
-    if holder.alive():
-        logger.info("waiting for process %d on %s, which is building %s", holder.pid, holder.host, lock_file.stem)
-        return True
-    return False
+
+    def _remove(self, text: str) -> None:
+        """Take the lock away, unless it has become another's meanwhile: then it is put back."""
+        aside = self._file.with_name(f"{self._file.name}.lost.{os.uname().nodename}.{os.getpid()}")
+        with contextlib.suppress(FileNotFoundError):
+            self._file.rename(aside)
+            if aside.read_text() != text:
+                with contextlib.suppress(FileExistsError):
+                    os.link(aside, self._file)
+            aside.unlink()
+
+
+@contextlib.contextmanager
+def _beating(lock_file: Path) -> Iterator[None]:
+    """Touch the lock every few seconds while the block runs, for those who wait on other nodes."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(_BEAT_S):
+            with contextlib.suppress(OSError):
+                os.utime(lock_file)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
