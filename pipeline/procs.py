@@ -39,12 +39,13 @@ _KILL_S = 15.0
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def die_with_parent(parent: int | None = None) -> None:
+def die_with_parent(parent: int | None = None, sign: signal.Signals = signal.SIGKILL) -> None:
     """Have the kernel kill this process when the thread that started it ends; exit at once where it has ended already.
 
-    `parent` is that process's pid; by default what PARENT_MARK says. Call it before anything that takes time.
+    `parent` is that process's pid; by default what PARENT_MARK says. `sign` is sent in place of SIGKILL. Call it before
+    anything that takes time.
     """
-    _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    _libc.prctl(_PR_SET_PDEATHSIG, int(sign), 0, 0, 0)
     expected = parent if parent is not None else int(os.environ.get(PARENT_MARK, "0"))
     if expected and os.getppid() != expected:
         os._exit(1)

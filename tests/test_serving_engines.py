@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from pipeline.serving.engines import Apptainer, Docker, ServerSpec, Venv
 IMAGE = "docker://nvcr.io/nvidia/tritonserver:22.08-pyt-python-py3"
 UNIX = ServerSpec(Path("/runs/a/model_store"), "unix:/tmp/s/rm.sock", 8001, ("7",), "triton_x_")
 LOOPBACK = ServerSpec(Path("/runs/a/model_store"), "127.0.0.1", 40001, (), "triton_x_")
+GUARD = [sys.executable, "-m", "pipeline.containers.guard"]
 COMMON = [
     "--model-control-mode=none",
     "--disable-auto-complete-config",
@@ -26,6 +28,7 @@ COMMON = [
 
 def test_apptainer_binds_the_store_read_only_and_the_sockets_folder() -> None:
     assert Apptainer("/cache/image.sif", packages=Path("/cache/packages/site")).server_argv(UNIX) == [
+        *GUARD,
         *["apptainer", "exec", "--nv", "--cleanenv", "--no-home", "--pwd", "/"],
         *["--bind", "/runs/a/model_store:/model_store:ro", "--bind", "/tmp/s:/tmp/s"],
         *["--bind", "/cache/packages/site:/hh-packages:ro", "/cache/image.sif"],
@@ -35,7 +38,8 @@ def test_apptainer_binds_the_store_read_only_and_the_sockets_folder() -> None:
 
 def test_singularity_differs_by_name_only_and_binds_no_socket_with_tcp() -> None:
     argv = Apptainer("/cache/image", name="singularity").server_argv(LOOPBACK)
-    assert argv[:9] == [
+    assert argv[:12] == [
+        *GUARD,
         *["singularity", "exec", "--cleanenv", "--no-home", "--pwd", "/"],  # without GPUs no --nv, which would complain
         *["--bind", "/runs/a/model_store:/model_store:ro", "/cache/image"],
     ]

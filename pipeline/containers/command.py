@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,11 @@ class Bind:
     source: Path
     target: str
     writable: bool = False
+
+
+def guarded(argv: Sequence[str]) -> list[str]:
+    """The command of an engine, so that it cannot outlive the process that starts it (with `procs.spawn`)."""
+    return [sys.executable, "-m", "pipeline.containers.guard", *argv]
 
 
 def choose_engine(name: str, site: str | None = None, which: Callable[[str], str | None] = shutil.which) -> str:

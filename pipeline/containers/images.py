@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline import procs
 from pipeline.containers import registry
-from pipeline.containers.command import build_argv
+from pipeline.containers.command import build_argv, guarded
 from pipeline.containers.source import Source, content_digest
 from pipeline.containers.steps import run_step
 from pipeline.errors import UserError
@@ -70,7 +70,7 @@ def make(source: Source, engine: str, folder: bool, cache: Path, log: Path, note
         origin = _origin(source, digest, cache)
         assert origin is not None, "it was fetched above"
         run_step(
-            build_argv(engine, origin, target / _name(folder), folder),
+            guarded(build_argv(engine, origin, target / _name(folder), folder)),
             build_environment(os.environ, cache),
             log,
             _build_remedy(folder),
@@ -87,7 +87,7 @@ def make(source: Source, engine: str, folder: bool, cache: Path, log: Path, note
 
 def unpack(image: Image, target: Path, log: Path) -> Image:
     """The image as a sandbox folder `target` on this node's own disk. Offline."""
-    argv = build_argv(image.engine, image.file, target, folder=True)
+    argv = guarded(build_argv(image.engine, image.file, target, folder=True))
     run_step(argv, build_environment(os.environ, target.parent), log, "set cluster.scratch to a larger local disk")
     return Image(**{**asdict(image), "file": str(target), "built": True})
 

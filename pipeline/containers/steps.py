@@ -9,6 +9,8 @@ from pathlib import Path
 from pipeline import procs
 from pipeline.errors import UserError
 
+_GUARD = "pipeline.containers.guard"
+
 
 def run_step(argv: list[str], env: Mapping[str, str], log: Path, remedy: str) -> None:
     """Run a step with its output appended to `log`; a failure names the last line that it wrote."""
@@ -23,10 +25,11 @@ def run_step(argv: list[str], env: Mapping[str, str], log: Path, remedy: str) ->
             procs.end_tree(process, grace_s=2.0)
             raise
     if process.returncode != 0:
+        shown = " ".join(argv[argv.index(_GUARD) + 1 :][:3] if _GUARD in argv else argv[:4])
         with log.open("rb") as written:
             written.seek(start)
             text = written.read().decode("utf-8", "replace")
-        raise UserError(f"{' '.join(argv[:4])} failed: {last_line(text)}; {remedy} (log: {log})")
+        raise UserError(f"{shown} failed: {last_line(text)}; {remedy} (log: {log})")
 
 
 def last_line(text: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline import procs
 from pipeline.config.schema import Config
-from pipeline.containers.command import Bind, exec_argv
+from pipeline.containers.command import Bind, exec_argv, guarded
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 
@@ -49,7 +49,7 @@ def in_image(
     binds = [Bind(folder, str(folder), writable=True) for folder in outermost if folder.exists()]
     start = exec_argv(engine, image, binds, gpus=bool(env.get("CUDA_VISIBLE_DEVICES")), own_environment=False)
     command = ["python3" if word == sys.executable else word for word in argv]
-    return [*start, "sh", "-c", _BOUND_TO_ENGINE, "sh", *command], inside
+    return guarded([*start, "sh", "-c", _BOUND_TO_ENGINE, "sh", *command]), inside
 
 
 def _folders(run: RunDir, config: Config, env: Mapping[str, str]) -> list[Path]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.containers.command import Bind, docker_argv, exec_argv, exec_environment
+from pipeline.containers.command import Bind, docker_argv, exec_argv, exec_environment, guarded
 from pipeline.containers.packages import IN_CONTAINER, VARIABLE
 
 STORE_IN_CONTAINER = "/model_store"
@@ -123,7 +123,7 @@ class Apptainer(Engine):
 
     def server_argv(self, spec: ServerSpec) -> list[str]:
         start = exec_argv(self.name, self.image, _binds(spec, self.packages), bool(spec.devices), own_environment=True)
-        return [*start, "tritonserver", *server_flags(_inside(spec))]
+        return guarded([*start, "tritonserver", *server_flags(_inside(spec))])
 
     def server_env(self, spec: ServerSpec, environ: Mapping[str, str]) -> dict[str, str]:
         inside = {"CUDA_VISIBLE_DEVICES": ",".join(spec.devices), **_packages_variable(self.packages)}
