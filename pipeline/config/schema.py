@@ -116,7 +116,7 @@ class Sandbox(Section):
     image: str = Field("docker://nvcr.io/nvidia/tritonserver:22.08-pyt-python-py3", min_length=1)
     """What a container engine makes the sandbox from; the engine "venv" has no use for it."""
     cache_dir: str | None = Field(None, min_length=1)
-    """Where built environments are kept for all runs; default $XDG_CACHE_HOME/hh-pipeline."""
+    """Where built environments are kept for all runs; default hh-pipeline in cluster.cache, or in ~/.cache."""
 
 
 class Serving(Section):

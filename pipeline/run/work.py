@@ -23,10 +23,19 @@ PROGRESS = "progress.json"
 
 def parse_work(description: str, argv: list[str] | None = None) -> tuple[RunDir, Config, Path]:
     """Parse a work command's arguments, set up logging and read the run's configuration."""
+    return open_work(work_parser(description).parse_args(argv))
+
+
+def work_parser(description: str) -> argparse.ArgumentParser:
+    """The arguments that every work command takes."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--run", type=Path, required=True, help="the run directory")
     parser.add_argument("--out", type=Path, required=True, help="the folder that the artifacts are written to")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def open_work(arguments: argparse.Namespace) -> tuple[RunDir, Config, Path]:
+    """Set up logging and read the run's configuration."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     arguments.out.mkdir(parents=True, exist_ok=True)
     return RunDir(arguments.run.resolve()), read_config(arguments.run), arguments.out.resolve()

@@ -83,7 +83,10 @@ def open_sandbox(values: Mapping[str, Any]) -> Engine:
     folder = Path(values["path"])
     manifest = atomic.read_json(folder / MANIFEST)
     if manifest is None:
-        raise UserError(f"{folder}: the sandbox is gone; run it again with --force --stage sandbox")
+        raise UserError(
+            f"{folder}: the sandbox is not on {os.uname().nodename}; run --force --stage sandbox, with cluster.cache "
+            "(or sandbox.cache_dir) on a file system that all nodes see"
+        )
     if values["engine"] == "venv":
         return environment.open_environment(folder, manifest)
     if values["engine"] == "docker":
@@ -92,9 +95,11 @@ def open_sandbox(values: Mapping[str, Any]) -> Engine:
 
 
 def cache_dir(config: Config) -> Path:
-    """`sandbox.cache_dir`, or hh-pipeline in the user's cache folder."""
+    """`sandbox.cache_dir`, or hh-pipeline in the cluster's cache, or in the user's own."""
     if config.sandbox.cache_dir is not None:
         return Path(config.sandbox.cache_dir).expanduser().resolve()
+    if config.cluster.cache is not None:
+        return Path(config.cluster.cache) / "hh-pipeline"
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "hh-pipeline"
 

@@ -21,6 +21,7 @@ from pipeline.stages.base import Context, Stage, Work
 from pipeline.stages.nodes import ONE_NODE, Meeting, Nodes, Rendezvous
 from pipeline.stages.plan import basis
 from pipeline.stages.registry import REGISTRY
+from pipeline.stages.surroundings import surroundings
 
 log = logging.getLogger("pipeline")
 
@@ -77,7 +78,7 @@ def run_stage(
     if nodes.count > 1:
         address = network.node_address(context.config.cluster.interface)
         nodes = Nodes(nodes.count, 0, address, network.free_port(address))
-    job = Work(run, context.config, folder / "out", devices, nodes=nodes)
+    job = Work(run, context.config, folder / "out", devices, nodes=nodes, forced=forced)
     job.out.mkdir(parents=True)
     argv = stage.command(job)
     log_path = folder / "stdout.log"
@@ -167,8 +168,7 @@ def environment_of(stage: Stage, job: Work, more: dict[str, str]) -> dict[str, s
     env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     if job.devices:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(job.devices)
-    if stage.offline:
-        env |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    env |= surroundings(job.config.cluster, stage.offline, os.environ)
     return {**env, **stage.environment(job), **more}
 
 

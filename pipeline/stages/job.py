@@ -19,6 +19,7 @@ from pipeline.config.load import read_config
 from pipeline.errors import UserError
 from pipeline.run import atomic, hashing
 from pipeline.run.directory import RunDir
+from pipeline.run.sources import check_sources
 from pipeline.scheduler import slurm
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.state import recorded_state, resolve, set_state
@@ -120,6 +121,7 @@ def _run_one(run: RunDir, submission: Submission, stage: str) -> None:
     if planned.action == "skip" and not forced:
         set_state(run, stage, submission.id, "skipped", _kept(run, stage, planned.reason))
         return
+    check_sources(run, context.config, stage)
     reason = "forced" if forced else planned.reason
     run_stage(context, stage, submission.id, reason, visible_devices(), forced=forced)
 
@@ -134,6 +136,7 @@ def _train(run: RunDir, submission: Submission, names: tuple[str, ...]) -> None:
             set_state(run, "serve", submission.id, "skipped", "not needed: train is up to date")
         set_state(run, "train", submission.id, "skipped", _kept(run, "train", planned.reason))
         return
+    check_sources(run, context.config, "train")
     reason, nodes = "forced" if forced else planned.reason, of_job()
     if "serve" in names:
         serve_train(context, submission.id, reason, forced, nodes)

@@ -6,13 +6,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pipeline.run.directory import Outputs
 from pipeline.run.hashing import hash_tree
-from pipeline.run.sources import EMBEDDED
+from pipeline.run.sources import EMBEDDED, SETTINGS, pins
 from pipeline.stages.base import Context, Stage, Work, module_command
+from pipeline.stages.surroundings import hub_home
 
 
 class Prefetch(Stage):
     name = "prefetch"
+    version = 2
     offline = False
 
     def settings(self, context: Context) -> dict[str, Any]:
@@ -23,6 +26,8 @@ class Prefetch(Stage):
             "reward_model": {"checkpoint": config.reward_model.checkpoint, "revision": config.reward_model.revision},
             "data": config.data.model_dump(mode="json", exclude={"demo"}),
         }
+        if config.model.tokenizer_path is not None:
+            settings["tokenizer"] = config.model.tokenizer_path
         if config.model.path == EMBEDDED:
             settings["model"]["embedded"] = config.model.embedded.model_dump(mode="json")
         if config.data.source == "demo":
@@ -36,7 +41,21 @@ class Prefetch(Stage):
         return settings
 
     def command(self, work: Work) -> list[str]:
-        return module_command("pipeline.data.prefetch", work)
+        # An earlier attempt's commits are kept; only who asks for it gets what the branches hold now.
+        return [*module_command("pipeline.data.prefetch", work), *(["--refresh"] if work.forced else [])]
+
+    def missing(self, context: Context, outputs: Outputs) -> str | None:
+        gone = super().missing(context, outputs)
+        home = hub_home(context.config.cluster, os.environ)
+        for key, pin in pins(context.run).items():
+            if gone is not None or key == "data":  # its rows are in the run
+                continue
+            gone = f"{SETTINGS[key]}: {fault}" if (fault := pin.fault()) else None
+            if gone is None and home is not None and not Path(pin.folder).resolve().is_relative_to(home.resolve()):
+                gone = f"{SETTINGS[key]}: {pin.folder} is not in cluster.cache ({home})"
+        return gone
 
     def headline(self, values: dict[str, Any]) -> str:
-        return f"{values.get('train_rows', 0)} training and {values.get('test_rows', 0)} test dialogues"
+        taken = [f"{pin['name']}@{pin['commit'][:8]}" for pin in values.get("hub", {}).values()]
+        rows = f"{values.get('train_rows', 0)} training and {values.get('test_rows', 0)} test dialogues"
+        return "; ".join([rows, ", ".join(taken)] if taken else [rows])

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.run.directory import Outputs, RunDir
+from pipeline.run.directory import Outputs
 from pipeline.stages.base import Context, Stage, Work, module_command
 
 
@@ -26,7 +26,7 @@ class Sandbox(Stage):
     def command(self, work: Work) -> list[str]:
         return module_command("pipeline.serving.sandbox", work)
 
-    def missing(self, run: RunDir, outputs: Outputs) -> str | None:
+    def missing(self, context: Context, outputs: Outputs) -> str | None:
         path = outputs.values.get("path")
         return f"its environment is gone ({path})" if path and not Path(path).exists() else None
 
