@@ -20,7 +20,9 @@ def imported(module: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["submit", "status", "logs", "cancel", "stages.job", "stages.plan", "dry_run"])
+@pytest.mark.parametrize(
+    "module", ["submit", "status", "logs", "cancel", "sync", "stages.job", "stages.plan", "dry_run"]
+)
 def test_the_control_plane_imports_no_torch(module: str) -> None:
     assert not imported(f"pipeline.{module}") & set(HEAVY)
 
