@@ -203,7 +203,7 @@ def _wait_for_record(run: RunDir, submission_id: str) -> Submission:
 
 
 def _adopt(run: RunDir, submission: Submission, names: tuple[str, ...]) -> Submission:
-    """The submission with this Slurm job in it, though its script was submitted again by hand.
+    """The submission with this Slurm job in it, though its script was submitted again by hand, or its submitter ended.
 
     Raises UserError when the job that it would replace is alive, or when the submission has no such job.
     """
@@ -211,9 +211,9 @@ def _adopt(run: RunDir, submission: Submission, names: tuple[str, ...]) -> Submi
     if job is None or job.stages != names:
         raise UserError(f"{run.root}: submission {submission.id} has no job {'+'.join(names)}; submit again")
     mine = slurm.job_id()
-    if mine is None or job.job_id in (None, mine):
+    if mine is None or job.job_id == mine:
         return submission
-    if submissions.job_alive(submission, job):
+    if job.job_id is not None and submissions.job_alive(submission, job):
         raise UserError(f"{run.root}: job {job.job_id} does this already; scancel it first, or wait for it")
     submission = submission.with_job(replace(job, job_id=mine))
     submissions.write(run, submission)
