@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from helpers_hub import StandInHub, standing_in
+from helpers_jobs import TINY, submit
 
 from pipeline.config.load import dump, load_preset, read_config, resolve
 from pipeline.errors import UserError
@@ -247,3 +248,26 @@ def test_a_folder_that_this_node_does_not_see_is_named(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", "model.path=/no/such/folder")
     with pytest.raises(UserError, match=r"model\.path: /no/such/folder: no such folder on .*; put it where all nodes"):
         sources.check_sources(run, read_config(run.root), "sft")
+
+
+@pytest.mark.chain
+def test_a_stage_runs_from_the_snapshot_when_the_hub_is_gone(tmp_path: Path) -> None:
+    embedded = tmp_path / "embedded"
+    assert submit(embedded, "--stage", "prefetch").status == 0
+    model = RunDir(embedded).artifact("prefetch", "model")
+    run, cache = tmp_path / "run", tmp_path / "shared"
+    settings = (*TINY, "model.path=lab/model", "sft.max_length=128", f"cluster.cache={cache}")
+    with standing_in() as hub:
+        commit = hub.commit("models/lab/model", {path.name: path.read_bytes() for path in model.iterdir()})
+        environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": "", "HF_HUB_CACHE": ""}
+        fetched = submit(run, "--stage", "prefetch", overrides=settings, env=environment)
+        assert fetched.status == 0, fetched.err
+        asked = len(hub.asked)
+    assert (cache / "huggingface" / "hub" / "models--lab--model" / "snapshots" / commit).is_dir()
+    trained = submit(run, "--stage", "sft", overrides=settings, env=environment)
+    assert trained.status == 0, trained.err
+    assert len(hub.asked) == asked
+    (cache / "huggingface" / "hub" / "models--lab--model" / "snapshots" / commit / "model.safetensors").unlink()
+    refused = submit(run, "--stage", "sft", "--force", overrides=settings, env=environment)
+    assert (refused.status, refused.err.count("\n")) == (2, 1)
+    assert "error: model.path: lab/model: its snapshot is incomplete: " in refused.err

@@ -13,13 +13,14 @@ from pipeline import cancel
 from pipeline.errors import UserError
 from pipeline.run import atomic
 from pipeline.run.directory import RunDir
-from pipeline.scheduler import queue, view
 from pipeline.scheduler import submission as submissions
+from pipeline.scheduler import view
 from pipeline.scheduler.queue import Queued, describe, parse
 from pipeline.scheduler.state import set_state
 from pipeline.scheduler.submission import Job, Submission
 from pipeline.scheduler.table import render_line, render_table
 from pipeline.scheduler.view import view_run
+from pipeline.stages import job
 
 
 @pytest.fixture(autouse=True)
@@ -159,6 +160,16 @@ def test_jobs_that_a_killed_submitter_could_not_record_are_found(run, tmp_path, 
     assert "scancel 7 8\n" in calls.read_text()
 
 
+def test_a_job_that_no_record_knows_records_itself_when_it_starts(run, monkeypatch) -> None:  # noqa: F811
+    submission = slurm_run(run, "7", None)
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    job._adopt(run, submission, ("convert",))
+    recorded = submissions.read(run)
+    assert recorded is not None
+    assert [each.job_id for each in recorded.jobs] == ["7", "8"]
+
+
 def test_nothing_is_submitted_while_slurm_cannot_say_what_is_queued(run, tmp_path, monkeypatch) -> None:  # noqa: F811
     fake_slurm(monkeypatch, tmp_path, squeue="echo 'slurm_load_jobs error: Socket timed out'; exit 1")
     slurm_run(run, None)
@@ -189,4 +200,3 @@ def test_a_file_that_another_node_has_just_made_is_seen(tmp_path: Path, monkeypa
     monkeypatch.setattr(Path, "read_text", read)
     assert atomic.read_json(tmp_path / "outputs.json") == {"a": 1}
     assert listed == [tmp_path]
-    assert queue.FIELDS.count("|") == 6
