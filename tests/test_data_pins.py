@@ -251,7 +251,9 @@ def test_a_folder_that_this_node_does_not_see_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.chain
-def test_a_stage_runs_from_the_snapshot_when_the_hub_is_gone(tmp_path: Path) -> None:
+def test_a_stage_runs_from_the_snapshot_when_the_hub_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
     embedded = tmp_path / "embedded"
     assert submit(embedded, "--stage", "prefetch").status == 0
     model = RunDir(embedded).artifact("prefetch", "model")
@@ -259,7 +261,7 @@ def test_a_stage_runs_from_the_snapshot_when_the_hub_is_gone(tmp_path: Path) -> 
     settings = (*TINY, "model.path=lab/model", "sft.max_length=128", f"cluster.cache={cache}")
     with standing_in() as hub:
         commit = hub.commit("models/lab/model", {path.name: path.read_bytes() for path in model.iterdir()})
-        environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": "", "HF_HUB_CACHE": ""}
+        environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1"}
         fetched = submit(run, "--stage", "prefetch", overrides=settings, env=environment)
         assert fetched.status == 0, fetched.err
         asked = len(hub.asked)

@@ -28,6 +28,8 @@ class Train(Stage):
             settings[name] = getattr(config, name).model_dump(mode="json")
         if "sft" not in config.all and config.model.path != EMBEDDED:
             settings["model"] = model_identity(context, "model")
+        if not reward_source(config):
+            settings["reward_model"] = model_identity(context, "reward_model")
         return {**settings, **tokenizer_identity(context)}
 
     def needs(self, config: Config) -> tuple[str, ...]:
