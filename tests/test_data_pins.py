@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from helpers_jobs import TINY, submit
 from pipeline.config.load import dump, load_preset, read_config, resolve
 from pipeline.errors import UserError
 from pipeline.run import sources
-from pipeline.run.directory import Outputs, RunDir
+from pipeline.run.directory import Artifact, Outputs, RunDir
 from pipeline.run.hashing import HashCache
 from pipeline.stages.base import Context
 from pipeline.stages.plan import basis, fingerprint, make_plan
@@ -242,6 +243,16 @@ def test_another_model_or_revision_than_was_fetched_is_not_used(tmp_path: Path) 
         config = resolve(load_preset("demo"), ["model.path=lab/model", change])
         with pytest.raises(UserError, match=r"model\.path: lab/.*: neither a folder nor prefetched"):
             sources.base_model_path(run, config)
+
+
+def test_a_finished_stage_whose_files_are_gone_is_named_where_one_submits(tmp_path: Path) -> None:
+    run, _ = pinned_run(tmp_path)
+    outputs = run.outputs("prefetch")
+    assert outputs is not None
+    run.write_outputs(replace(outputs, artifacts={"data": Artifact("stages/prefetch/data", "0", 7)}))
+    said = r"--stage sft: needs prefetch, but its artifact data is gone .*; add it, as in --stage prefetch,sft"
+    with pytest.raises(UserError, match=said):
+        make_plan(context_of(run), ["sft"], False, {})
 
 
 def test_a_folder_that_this_node_does_not_see_is_named(tmp_path: Path) -> None:
