@@ -11,6 +11,7 @@ from test_states import _no_memory, fake_slurm, run  # noqa: F401
 
 from pipeline import cancel
 from pipeline.errors import UserError
+from pipeline.follow import follow
 from pipeline.run import atomic
 from pipeline.run.directory import RunDir
 from pipeline.scheduler import submission as submissions
@@ -135,6 +136,17 @@ def test_a_stage_that_has_ended_says_nothing_of_its_job(run, tmp_path, monkeypat
     set_state(run, "sft", submission.id, "done", "loss 1.0", attempt=1)
     (shown,) = view_run(run, submission)
     assert (shown.queue, shown.detail) == ("", "loss 1.0")
+
+
+def test_who_follows_is_told_once_of_a_job_that_is_stuck(run, tmp_path, monkeypatch, capsys) -> None:  # noqa: F811
+    monkeypatch.setattr(submissions, "SLURM_S", 0.0)
+    squeue = f"[ $(wc -l < {tmp_path}/calls) -gt 3 ] || echo '7|PENDING|JobHeldUser||N/A|0:00|30:00'"
+    fake_slurm(monkeypatch, tmp_path, squeue=squeue, scontrol="exit 1", sacct="exit 1")
+    views = follow(run, slurm_run(run, "7"))
+    assert [view.state for view in views] == ["failed"]
+    held, died = capsys.readouterr().out.splitlines()
+    assert held.endswith("job 7 is held (JobHeldUser); let it go on with: scontrol release 7")
+    assert "died (job 7)" in died
 
 
 def scripts(run: RunDir, *jobs: tuple[str, str]) -> str:  # noqa: F811

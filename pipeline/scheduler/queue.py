@@ -114,7 +114,7 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
     ("Priority", "waits behind others", ""),
     ("Resources", "waits for free nodes", ""),
     ("Dependency", "waits for the jobs before it", ""),
-    ("BeginTime", "is queued again and starts soon", ""),
+    ("BeginTime", "waits for its begin time", ""),
     ("JobHeldUser|job requeued in held state", "is held", _RELEASE),
     ("launch failed requeued held", "is held: it could not be started on its node", _RELEASE),
     ("JobHeldAdmin", "is held by an administrator", "ask them why"),

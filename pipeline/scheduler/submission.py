@@ -133,7 +133,7 @@ def with_orphans(submission: Submission) -> Submission:
     scripts = queue.own_scripts()
     for job in submission.jobs:
         folder = f"/{JOBS}/{submission.id}-{job.name}/"
-        ids = [job_id for job_id, script in scripts if folder in script]
+        ids = [job_id for job_id, script in scripts if folder in script and job_id.isdigit()]
         if job.job_id is None and ids:
             submission = submission.with_job(replace(job, job_id=max(ids, key=int)))
     return submission
