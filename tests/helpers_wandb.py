@@ -47,7 +47,7 @@ def standing_in() -> Iterator[StandInServer]:
         do_GET = do_PUT = do_POST
 
         def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
-            said = request["variables"]
+            said = request.get("variables") or {}
             operation = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])
             project = {"id": "p", "name": "hh", "entity": {"id": "e", "name": "me"}}
             match operation and operation[1]:

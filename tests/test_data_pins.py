@@ -65,7 +65,7 @@ def run_of(folder: Path, *overrides: str) -> RunDir:
     return RunDir(folder)
 
 
-def prefetch(run: RunDir, hub: StandInHub, *arguments: str, **environment: str) -> tuple[int, str]:
+def prefetch(run: RunDir, hub: StandInHub, **environment: str) -> tuple[int, str]:
     """One attempt at the stage's work; a finished one is recorded as the runner does. Status and last line."""
     out = run.root / "out"
     shutil.rmtree(out, ignore_errors=True)
@@ -74,7 +74,7 @@ def prefetch(run: RunDir, hub: StandInHub, *arguments: str, **environment: str) 
     script = "import time; time.sleep = lambda seconds: None\n"  # the hub's client pauses between its tries
     script += "from pipeline.errors import run_command; from pipeline.data.prefetch import main; run_command(main)"
     done = subprocess.run(
-        [sys.executable, "-c", script, "--run", str(run.root), "--out", str(out), *arguments],
+        [sys.executable, "-c", script, "--run", str(run.root), "--out", str(out)],
         env={**inherited, **home, **environment},
         cwd=ROOT,
         stderr=subprocess.PIPE,
@@ -130,7 +130,7 @@ def test_a_branch_that_moves_on_changes_nothing_until_it_is_asked_for(hub: Stand
     assert " a" in (run.root / "out" / "data" / "train.jsonl").read_text()
 
     before = REGISTRY["sft"].settings(context_of(run))
-    assert prefetch(run, hub, "--refresh")[0] == 0
+    assert prefetch(run, hub, HH_PIPELINE_FORCED="1")[0] == 0
     assert commits(run)["data"] == moved
     assert not set(commits(run).values()) & set(taken.values())
     assert " b" in (run.root / "out" / "data" / "train.jsonl").read_text()

@@ -1,10 +1,10 @@
 """The prefetch stage: fetch or make everything that later stages read, since compute nodes have no internet.
 
-    python -m pipeline.data.prefetch --run RUN --out DIR [--refresh]
+    python -m pipeline.data.prefetch --run RUN --out DIR
 
 Writes DIR/data/{train,test}.jsonl, and DIR/model when the model is made on the spot. What comes from the hub goes to
 the hub's own cache; the values hold its commits and files. The commits that an earlier attempt took are taken again,
-so that a branch that moved on changes nothing, unless --refresh is given.
+so that a branch that moved on changes nothing, unless the stage was forced.
 """
 
 from __future__ import annotations
@@ -21,18 +21,15 @@ from pipeline.data.sources import data_folder, load_source
 from pipeline.errors import run_command
 from pipeline.run.directory import RunDir
 from pipeline.run.sources import EMBEDDED, Pin, models_of, pinned
-from pipeline.run.work import open_work, work_parser, write_result
+from pipeline.run.work import forced, parse_work, write_result
 
 _log = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the stage's work."""
-    parser = work_parser(__doc__ or "")
-    parser.add_argument("--refresh", action="store_true", help="take what the hub's branches hold now")
-    arguments = parser.parse_args(argv)
-    run, config, out = open_work(arguments)
-    earlier = None if arguments.refresh else run
+    run, config, out = parse_work(__doc__ or "", argv)
+    earlier = None if forced() else run
     taken = take_data(config, earlier)
     splits = load_source(config, snapshot=Path(taken["data"].folder) if taken else None)
     for split in SPLITS:

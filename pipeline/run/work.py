@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -19,26 +20,24 @@ from pipeline.run.directory import RunDir
 
 RESULT = "result.json"
 PROGRESS = "progress.json"
+FORCED = "HH_PIPELINE_FORCED"
+"""Environment variable of a work that runs because of --force."""
 
 
 def parse_work(description: str, argv: list[str] | None = None) -> tuple[RunDir, Config, Path]:
     """Parse a work command's arguments, set up logging and read the run's configuration."""
-    return open_work(work_parser(description).parse_args(argv))
-
-
-def work_parser(description: str) -> argparse.ArgumentParser:
-    """The arguments that every work command takes."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--run", type=Path, required=True, help="the run directory")
     parser.add_argument("--out", type=Path, required=True, help="the folder that the artifacts are written to")
-    return parser
-
-
-def open_work(arguments: argparse.Namespace) -> tuple[RunDir, Config, Path]:
-    """Set up logging and read the run's configuration."""
+    arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     arguments.out.mkdir(parents=True, exist_ok=True)
     return RunDir(arguments.run.resolve()), read_config(arguments.run), arguments.out.resolve()
+
+
+def forced() -> bool:
+    """Whether this attempt was asked for by --force, and must not be content with what an earlier one found."""
+    return bool(os.environ.get(FORCED))
 
 
 def write_result(out: Path, artifacts: dict[str, str], values: dict[str, Any] | None = None) -> None:

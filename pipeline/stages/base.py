@@ -37,8 +37,6 @@ class Work:
     cpus: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     nodes: Nodes = ONE_NODE
     """The nodes that the work is spread over, and which of them this is."""
-    forced: bool = False
-    """Whether the stage was asked for by --force."""
 
 
 class Stage(ABC):

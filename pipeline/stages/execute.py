@@ -78,7 +78,7 @@ def run_stage(
     if nodes.count > 1:
         address = network.node_address(context.config.cluster.interface)
         nodes = Nodes(nodes.count, 0, address, network.free_port(address))
-    job = Work(run, context.config, folder / "out", devices, nodes=nodes, forced=forced)
+    job = Work(run, context.config, folder / "out", devices, nodes=nodes)
     job.out.mkdir(parents=True)
     argv = stage.command(job)
     log_path = folder / "stdout.log"
@@ -86,6 +86,8 @@ def run_stage(
     set_state(run, stage_name, submission, "running", reason, number)
     started = time.time()
     environment = {FINGERPRINT: f"{fingerprint}{'-' + submission if forced else ''}", **(environment or {})}
+    if forced:
+        environment[work.FORCED] = "1"
     with _meeting(job, stage_name, number, environment[FINGERPRINT], tick) as watch:
         status = run_child(run.root, argv, environment_of(stage, job, environment), log_path, watch)
     seconds = round(time.time() - started, 3)

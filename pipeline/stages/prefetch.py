@@ -41,8 +41,7 @@ class Prefetch(Stage):
         return settings
 
     def command(self, work: Work) -> list[str]:
-        # An earlier attempt's commits are kept; only who asks for it gets what the branches hold now.
-        return [*module_command("pipeline.data.prefetch", work), *(["--refresh"] if work.forced else [])]
+        return module_command("pipeline.data.prefetch", work)
 
     def missing(self, context: Context, outputs: Outputs) -> str | None:
         gone = super().missing(context, outputs)
