@@ -14,7 +14,7 @@ from pipeline.errors import UserError, run_command
 from pipeline.run import endpoint
 from pipeline.run.directory import RunDir
 from pipeline.run.lock import lock
-from pipeline.scheduler import slurm
+from pipeline.scheduler import queue, slurm
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.state import resolve, set_state
 from pipeline.scheduler.submission import Submission
@@ -24,6 +24,7 @@ from pipeline.status import open_run
 def cancel(run: RunDir, grace_s: float) -> list[str]:
     """End all jobs of the run, a server on its own included; returns the stages that were ended."""
     ended: list[str] = []
+    submissions.recover(run)
     for service in (False, True):
         submission = submissions.read(run, service)
         if submission is not None:
@@ -39,7 +40,7 @@ def _cancel(run: RunDir, submission: Submission, grace_s: float) -> list[str]:
         ids = [job.job_id for job in submissions.live_jobs(submission) if job.job_id]
         slurm.cancel(ids)
         deadline = time.monotonic() + grace_s
-        while slurm.live_jobs(ids) and time.monotonic() < deadline:
+        while queue.ask(ids) and time.monotonic() < deadline:
             time.sleep(0.5)
     else:
         _end_local(run, submission, grace_s)

@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_plan(run, config, plan(run, config, selected, arguments.force))
         return 0
     with lock(run.root / "control" / "submit.lock", "submitting"):
+        submissions.recover(run)
         current = submissions.busy(run)
         if current is not None:
             refuse_other_config(run, config)

@@ -112,14 +112,7 @@ def test_prefetch_makes_the_data_and_the_model(tmp_path: Path) -> None:
 
 def test_models_that_are_folders_stay_where_they_are(tmp_path: Path) -> None:
     config = resolve({"model": {"path": str(tmp_path)}, "reward_model": {"checkpoint": str(tmp_path)}})
-    assert prefetch.fetch_models(config) == {}
-
-
-def test_models_of_the_hub_are_fetched_at_their_revisions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: f"/{name}@{options['revision']}")
-    tree = {"model": {"path": "a/b", "revision": "r1"}, "reward_model": {"checkpoint": "c/d", "revision": "r2"}}
-    assert prefetch.fetch_models(resolve(tree)) == {"model": "/a/b@r1", "reward_model": "/c/d@r2"}
+    assert prefetch.take_models(config, None) == {}
 
 
 def test_a_model_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +120,7 @@ def test_a_model_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(
         UserError, match=r"model\.path: no/such-model: neither a folder nor to be had from the hub"
     ) as caught:
-        prefetch.fetch_models(resolve({"model": {"path": "no/such-model"}}))
+        prefetch.take_models(resolve({"model": {"path": "no/such-model"}}), None)
     assert "\n" not in str(caught.value)
 
 

@@ -52,7 +52,7 @@ def test_a_model_behind_a_refused_port_is_one_line(tmp_path: Path) -> None:
 def test_a_data_set_behind_a_refused_port_is_one_line(tmp_path: Path) -> None:
     status, line = prefetch(tmp_path, "data.source=some/pairs")
     assert status == 2
-    assert line.startswith("error: data.source: some/pairs: cannot load split train (")
+    assert line.startswith("error: data.source: some/pairs: neither a folder nor to be had from the hub (")
     assert "run --stage prefetch where the hub can be reached" in line
 
 

@@ -123,27 +123,24 @@ def test_hh_stands_for_the_folder_in_hh_data(tmp_path: Path) -> None:
         load("hh", {"HH_DATA": "/nowhere"})
 
 
-def test_a_hub_data_set_goes_through_the_same_parser(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def fake(name: str, **options: Any) -> list[dict[str, str]]:
-        asked.append((name, options["data_dir"], options["revision"], options["split"]))
-        return [{"chosen": f"{ASK} {options['data_dir']}", "rejected": ASK + " b"}]
-
-    monkeypatch.setattr("datasets.load_dataset", fake)
-    loaded = load("Anthropic/hh-rlhf", subsets=["helpful-base", "harmless-base"], revision="abc")
-
+def test_a_hub_data_set_goes_through_the_same_parser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for subset in ("helpful-base", "harmless-base", "red-team"):
+        for split in ("train", "test"):
+            write_rows(
+                tmp_path / "rows" / subset / f"{split}.jsonl.gz", {"chosen": f"{ASK} {subset}", "rejected": ASK + " b"}
+            )
+    data = {"source": "Anthropic/hh-rlhf", "subsets": ["helpful-base", "harmless-base"]}
+    loaded = load_source(resolve({"data": data}), {}, tmp_path / "rows")
     assert [pair.chosen for pair in loaded["train"]] == [" helpful-base", " harmless-base"]
-    assert asked[0] == ("Anthropic/hh-rlhf", "helpful-base", "abc", "train") and len(asked) == 4
+    assert len(loaded["test"]) == 2
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*_: Any, **__: Any) -> None:
-        raise ConnectionError("Couldn't reach\nthe hub")
-
-    monkeypatch.setattr("datasets.load_dataset", unreachable)
-    with pytest.raises(UserError, match=r"a/b: cannot load split train .*; run --stage prefetch") as caught:
-        load("a/b")
+def test_a_split_that_a_hub_data_set_does_not_have_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    write_rows(tmp_path / "rows" / "train.jsonl", {"chosen": ASK + " a", "rejected": ASK + " b"})
+    with pytest.raises(UserError, match=r"data\.source: a/b: cannot load split test \(.*\); take a data set") as caught:
+        load_source(resolve({"data": {"source": "a/b"}}), {}, tmp_path / "rows")
     assert "\n" not in str(caught.value)
 
 

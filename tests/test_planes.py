@@ -21,7 +21,8 @@ def imported(module: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["submit", "status", "logs", "cancel", "stages.job", "stages.plan", "dry_run", "doctor", "site.examine"]
+    "module",
+    ["submit", "status", "logs", "cancel", "sync", "stages.job", "stages.plan", "dry_run", "doctor", "site.examine"],
 )
 def test_the_control_plane_imports_no_torch(module: str) -> None:
     assert not imported(f"pipeline.{module}") & set(HEAVY)

@@ -84,10 +84,10 @@ def test_by_hand_too_a_training_never_goes_on_from_another_ones_state(tmp_path: 
 def test_by_hand_the_settings_and_files_that_enter_name_the_checkpoints(tmp_path: Path) -> None:
     config = short()
     run = make_run(tmp_path, config)
-    start, rewards = sources.policy_start_path(run, config), sources.reward_model_path(run, config)
+    start = sources.policy_start_path(run, config)
 
     def name(config: Config) -> str:
-        return ppo.manual_fingerprint(run, config, start, rewards)
+        return ppo.manual_fingerprint(run, config)
 
     same = name(config)
     assert same.startswith("manual-")

@@ -48,7 +48,7 @@ from pipeline.training.tracking import start_tracker, tracker_of
 config = resolve({"train": {"tracker": "wandb"}})
 folder = Path(os.environ["HOME"]) / "tracker"
 accelerator = make_accelerator(1, tracker_of(config), folder)
-start_tracker(accelerator, config, folder, "a-run")
+start_tracker(accelerator, config, folder, "a-run", "0123456789abcdef")
 accelerator.log({"reward": 1.0}, step=3)
 accelerator.end_training()
 """

@@ -11,7 +11,7 @@ from pipeline import cancel, logs, procs
 from pipeline.errors import UserError
 from pipeline.run import atomic
 from pipeline.run.directory import RunDir
-from pipeline.scheduler import slurm
+from pipeline.scheduler import queue
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.state import resolve, set_state
 from pipeline.scheduler.submission import Job, Submission
@@ -85,12 +85,12 @@ def test_slurm_is_asked_once_for_all_jobs_and_then_left_alone(run, tmp_path, mon
     for _ in range(20):
         assert resolve(run, submission, "sft").state == "failed"  # not in the queue, and never said how it ended
         assert resolve(run, submission, "train").state == "pending"
-    assert calls.read_text().splitlines() == ["squeue --noheader --format=%i --jobs=7,8"]
+    assert calls.read_text().splitlines() == [f"squeue --noheader --format={queue.FIELDS} --jobs=7,8"]
 
 
 def test_jobs_that_slurm_has_forgotten_are_over(run, tmp_path, monkeypatch) -> None:
     fake_slurm(monkeypatch, tmp_path, squeue="echo 'slurm_load_jobs error: Invalid job id specified'; exit 1")
-    assert slurm.live_jobs(["7", "8"]) == set()
+    assert queue.ask(["7", "8"]) == {}
 
 
 def test_jobs_on_another_host_are_cancelled_there_and_nothing_is_killed_here(run: RunDir) -> None:

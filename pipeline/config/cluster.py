@@ -75,6 +75,8 @@ class Cluster(Section):
     """Folder on a node's own disk for temporary files; the job expands $VARIABLES in it, as in $SLURM_TMPDIR."""
     cache: str | None = Field(None, min_length=1)
     """Folder that all nodes see, for models, data and images; default: the user's own cache folders."""
+    internet: bool | None = None
+    """Whether the jobs' nodes reach the internet; None: local jobs' do. Without it Weights & Biases writes offline."""
     trainer_image: str | None = Field(None, min_length=1)
     """A .sif file or sandbox folder (containers/trainer.def) in which the stages' work runs; None: no container."""
     binds: tuple[Text, ...] = ()

@@ -122,6 +122,7 @@ _PATHS: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
     ("sandbox", "image", os.path.exists),
     ("cluster", "trainer_image", os.path.exists),
     ("sandbox", "cache_dir", bool),  # always a folder, though it may have to be made
+    ("cluster", "cache", bool),
 )
 """Settings that may name a file or folder, and how to tell that one does: a hub id or a name must stay what it is."""
 
@@ -130,7 +131,7 @@ def _with_absolute_paths(tree: Tree) -> Tree:
     for section, key, is_path in _PATHS:
         values = tree.get(section)
         value = values.get(key) if isinstance(values, dict) else None
-        if isinstance(value, str) and is_path(path := os.path.expanduser(value)):
+        if isinstance(value, str) and is_path(path := os.path.expandvars(os.path.expanduser(value))):
             tree = merge(tree, {section: {key: os.path.abspath(path)}})
     return tree
 

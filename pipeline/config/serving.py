@@ -27,7 +27,7 @@ class Sandbox(Section):
     python: str = Field("3.12", pattern=r"^3\.\d+$")
     """The minor version of the image's Python, for which the packages are fetched."""
     cache_dir: str | None = Field(None, min_length=1)
-    """Where built environments are kept for all runs; default $XDG_CACHE_HOME/hh-pipeline."""
+    """Where images and environments are kept for all runs; default hh-pipeline in cluster.cache, or in ~/.cache."""
 
 
 class Serving(Section):

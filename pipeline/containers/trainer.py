@@ -16,6 +16,7 @@ from pipeline.config.schema import Config
 from pipeline.containers.command import Bind, exec_argv, guarded
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
+from pipeline.run.sources import pins
 
 _CODE = Path(__file__).resolve().parents[2]
 _ENGINES = ("apptainer", "singularity")
@@ -56,4 +57,6 @@ def _folders(run: RunDir, config: Config, env: Mapping[str, str]) -> list[Path]:
     """What a work reads and writes outside of its image."""
     named = [config.model.path, config.model.tokenizer_path, config.data.source, config.reward_model.checkpoint]
     named += [env.get("TMPDIR"), env.get("HF_HOME"), env.get("HF_HUB_CACHE"), env.get("HH_DATA"), config.cluster.cache]
-    return [run.root, _CODE, *(Path(name) for name in named if name and os.path.isabs(name))]
+    # A snapshot's files are links to those beside it.
+    fetched = [Path(pin.folder).parents[1] for pin in pins(run).values()]
+    return [run.root, _CODE, *fetched, *(Path(name) for name in named if name and os.path.isabs(name))]

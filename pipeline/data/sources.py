@@ -17,29 +17,32 @@ from pipeline.errors import UserError
 Rows = Iterator[tuple[str, Mapping[str, Any]]]
 
 
-def load_source(config: Config, environ: Mapping[str, str] = os.environ) -> dict[str, list[Preference]]:
+def load_source(
+    config: Config, environ: Mapping[str, str] = os.environ, snapshot: Path | None = None
+) -> dict[str, list[Preference]]:
     """Return the preferences of `config.data`, {"train": [...], "test": [...]}, cut to the configured limits.
 
-    "hh" stands for the folder that the environment variable HH_DATA names. UserError for a source that is not
-    there, cannot be reached, or holds a malformed row.
+    "hh" stands for the folder that the environment variable HH_DATA names; of a hub data set `snapshot` holds the
+    files. UserError for a source that is not there or holds a malformed row.
     """
     data = config.data
     limits = {"train": data.limit_train, "test": data.limit_test}
     if data.source == "demo":
         made = demo_preferences(config.seed, data.demo.train, data.demo.test)
         return {split: made[split][: limits[split]] for split in SPLITS}
-    folder = _folder(data.source, environ)
+    folder = data_folder(data.source, environ)
     loaded = {}
     for split in SPLITS:
         if folder is not None:
             rows, name = read_jsonl(_file(folder, split)), str(folder)
         else:
-            rows, name = _hub_rows(data.source, split, data.revision, data.subsets), data.source
+            assert snapshot is not None
+            rows, name = _hub_rows(snapshot, data.source, split, data.subsets), data.source
         loaded[split] = parse_rows(rows, limits[split], f"{name} ({split})")
     return loaded
 
 
-def _folder(source: str, environ: Mapping[str, str]) -> Path | None:
+def data_folder(source: str, environ: Mapping[str, str] = os.environ) -> Path | None:
     """The folder that `source` stands for, or None for a hub id."""
     if source == "hh":
         if not environ.get("HH_DATA"):
@@ -70,19 +73,19 @@ def _file(folder: Path, split: str) -> Path:
     )
 
 
-def _hub_rows(name: str, split: str, revision: str | None, subsets: tuple[str, ...]) -> Rows:
+def _hub_rows(snapshot: Path, name: str, split: str, subsets: tuple[str, ...]) -> Rows:
     """Rows of a hub data set's split; of HH's folders (`data_dir`) one after the other."""
-    return chain.from_iterable(_subset_rows(name, split, revision, subset) for subset in subsets or (None,))
+    return chain.from_iterable(_subset_rows(snapshot, name, split, subset) for subset in subsets or (None,))
 
 
-def _subset_rows(name: str, split: str, revision: str | None, subset: str | None) -> Rows:
+def _subset_rows(snapshot: Path, name: str, split: str, subset: str | None) -> Rows:
     from datasets import load_dataset
 
     place = f"{name}/{subset}" if subset else name
     with hub_errors(
-        f"data.source: {place}: cannot load split {split}",
-        "run --stage prefetch where the hub can be reached, correct the name, or give a folder",
+        f"data.source: {place}: cannot load split {split}", "take a data set with this split, or give a folder"
     ):
-        rows = load_dataset(name, data_dir=subset, revision=revision, split=split)
+        # The files of one commit. By the data set's name, the library would without a network take any of its cache.
+        rows = load_dataset(str(snapshot), data_dir=subset, split=split)
     for number, row in enumerate(rows):
         yield f"{place} ({split}) row {number}", row

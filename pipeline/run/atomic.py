@@ -114,13 +114,26 @@ def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
 def read_json(path: Path) -> Any | None:
     """Return the parsed file, or None when it does not exist. Files written by `write_json` are never partial."""
     try:
-        text = path.read_text("utf-8")
+        text = _read(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         return json.loads(text)
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); restore it, or delete it to have it made again") from None
+
+
+def _read(path: Path) -> str:
+    """The file's text. Another node may have made it since this one last looked.
+
+    NFS clients remember for up to a minute that a name was not there; listing the folder makes them look again.
+    """
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        if path.name not in os.listdir(path.parent):
+            raise
+        return path.read_text("utf-8")
 
 
 def append_line(path: Path, line: str) -> None:

@@ -6,7 +6,7 @@ runs/<name>/
   stages/<stage>/attempts/<n>/{stdout.log, job.json, exit.json, out/}
   services/triton.json  services/triton.env
   models/  model_store  report        links to the artifacts of the latest attempts
-  checkpoints/  metrics.jsonl (a link into them)  control/
+  checkpoints/  metrics.jsonl (a link into them)  tracker/  control/
 """
 
 from __future__ import annotations
@@ -80,6 +80,11 @@ class RunDir:
     def stop_flag(self) -> Path:
         """Its presence asks the trainer to save and stop at the next step."""
         return self.root / "control" / "STOP"
+
+    @property
+    def tracker(self) -> Path:
+        """What Weights & Biases or TensorBoard wrote."""
+        return self.root / "tracker"
 
     def stage(self, stage: str) -> Path:
         return self.root / "stages" / stage

@@ -16,7 +16,7 @@ from pipeline.config.cluster import Cluster
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.scheduler.options import setup_lines, slurm_options, srun_args, work_command
-from pipeline.scheduler.submission import Job
+from pipeline.scheduler.submission import JOBS, Job
 
 if TYPE_CHECKING:
     import submitit
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def job_folder(run: RunDir, submission: str, job: Job) -> Path:
     """Where a job's script and logs are."""
-    return run.root / "jobs" / f"{submission}-{job.name}"
+    return run.root / JOBS / f"{submission}-{job.name}"
 
 
 def render(run: RunDir, submission: str, cluster: Cluster, job: Job, code: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections.abc import Mapping, Sequence
 
 from pipeline import procs
@@ -26,27 +27,14 @@ def job_id() -> str | None:
     return os.environ.get("SLURM_JOB_ID") if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" else None
 
 
-def live_jobs(job_ids: Sequence[str]) -> set[str]:
-    """Those of the jobs that Slurm holds in its queue (pending, running, requeued, completing).
-
-    When Slurm does not answer, nothing is known: all of them count as living, so that no state is made up, nothing is
-    submitted a second time, and a cancellation still reaches them.
-    """
-    if not job_ids:
-        return set()
-    status, text = procs.capture(["squeue", "--noheader", "--format=%i", f"--jobs={','.join(job_ids)}"])
-    if status == 0:
-        return set(text.split()) & set(job_ids)
-    return set() if "Invalid job id" in text else set(job_ids)  # it has forgotten every one of them: they are over
-
-
 @functools.lru_cache(256)  # asked for jobs that are over: the answer stays
-def describe_end(job: str) -> str | None:
+def describe_end(job: str, since: float = 0.0) -> str | None:
     """How a job that is over ended, in words; None where Slurm has forgotten it, or says nothing that helps.
 
-    The controller remembers a job for some minutes; afterwards only accounting does, which not every site has.
+    The controller remembers a job for some minutes; afterwards only accounting does, which not every site has. Jobs
+    older than a day it looks for only when told `since` when.
     """
-    state = show(job).get("JobState") or _accounted(job)
+    state = show(job).get("JobState") or _accounted(job, since)
     return _SAID.get(state)
 
 
@@ -92,9 +80,10 @@ def _queued_again(fields: Mapping[str, str]) -> bool:
     return int(fields.get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
-def _accounted(job: str) -> str:
+def _accounted(job: str, since: float) -> str:
+    start = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since))
     try:
-        status, text = procs.capture(["sacct", "-X", "-P", "-n", "-o", "State", "-j", job])
+        status, text = procs.capture(["sacct", "-X", "-P", "-n", "-o", "State", "-j", job, f"--starttime={start}"])
     except UserError:
         return ""
     words = text.split() if status == 0 else []

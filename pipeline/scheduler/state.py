@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.run import atomic, events
 from pipeline.run.directory import RunDir
 from pipeline.scheduler import slurm
-from pipeline.scheduler.submission import Job, Submission, job_alive
+from pipeline.scheduler.submission import SUBMITTING_S, Job, Submission, job_alive
 
 ENDED = ("done", "skipped", "failed", "cancelled", "stopped")
 
@@ -59,7 +59,7 @@ def resolve(run: RunDir, submission: Submission, stage: str) -> State:
         recorded = State(submission.id, "pending")
     if recorded.ended or alive:
         return recorded
-    if job.job_id is None and time.time() - submission.time < 20:
+    if job.job_id is None and time.time() - submission.time < SUBMITTING_S:
         return recorded  # still being submitted
     for parent in job.waits_for if recorded.state in ("pending", "waiting") else ():
         before = resolve(run, submission, parent)  # Slurm ends what waits for a job that failed
@@ -71,5 +71,5 @@ def resolve(run: RunDir, submission: Submission, stage: str) -> State:
 
 def _cause(submission: Submission, job: Job) -> str:
     """Why a job ended without a word of its own."""
-    said = slurm.describe_end(job.job_id) if submission.executor == "slurm" and job.job_id else None
+    said = slurm.describe_end(job.job_id, submission.time) if submission.executor == "slurm" and job.job_id else None
     return said or "it was killed or lost its node"

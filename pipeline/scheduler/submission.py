@@ -12,11 +12,16 @@ from pathlib import Path
 from pipeline import procs
 from pipeline.run import atomic
 from pipeline.run.directory import RunDir
-from pipeline.scheduler import slurm
+from pipeline.scheduler import queue
+from pipeline.scheduler.queue import Queued
 
+JOBS = "jobs"
+"""The folder in the run directory with one folder a job: its script and logs."""
+SUBMITTING_S = 20.0
+"""Seconds after a submission in which a job without an id may just not have one yet."""
 SLURM_S = 10.0
 """Seconds between questions to Slurm's controller, which a whole cluster asks."""
-_asked: dict[tuple[str, ...], tuple[float, set[str]]] = {}
+_asked: dict[tuple[str, ...], tuple[float, dict[str, Queued]]] = {}
 
 
 @dataclass(frozen=True)
@@ -113,12 +118,41 @@ def live_jobs(submission: Submission | None) -> list[Job]:
     return [job for job in submission.jobs if job.job_id in known]
 
 
-def _slurm_jobs(submission: Submission) -> set[str]:
+def queued(submission: Submission, job: Job) -> Queued | None:
+    """What Slurm says of a job in its queue; None for a job that is over, or no job of Slurm's."""
+    return _slurm_jobs(submission).get(job.job_id or "") if submission.executor == "slurm" else None
+
+
+def with_orphans(submission: Submission) -> Submission:
+    """The submission with the ids of jobs that were queued though their submitter ended before it could record them.
+
+    A job is known by its script, which lies in a folder named by the submission. UserError when Slurm does not answer.
+    """
+    if submission.executor != "slurm" or all(job.job_id for job in submission.jobs):
+        return submission
+    scripts = queue.own_scripts()
+    for job in submission.jobs:
+        folder = f"/{JOBS}/{submission.id}-{job.name}/"
+        ids = [job_id for job_id, script in scripts if folder in script and job_id.isdigit()]
+        if job.job_id is None and ids:
+            submission = submission.with_job(replace(job, job_id=max(ids, key=int)))
+    return submission
+
+
+def recover(run: RunDir) -> None:
+    """Record such jobs, so that nothing is submitted a second time and a cancellation reaches them."""
+    for service in (False, True):
+        submission = read(run, service)
+        if submission is not None and (whole := with_orphans(submission)) != submission:
+            write(run, whole)
+
+
+def _slurm_jobs(submission: Submission) -> dict[str, Queued]:
     """The submission's jobs in the queue; asked for all at once, and not more often than every SLURM_S seconds."""
     ids = tuple(job.job_id for job in submission.jobs if job.job_id)
     known = _asked.get(ids)
     if known is None or time.monotonic() - known[0] > SLURM_S:
-        known = _asked[ids] = (time.monotonic(), slurm.live_jobs(ids))
+        known = _asked[ids] = (time.monotonic(), queue.ask(ids))
     return known[1]
 
 

@@ -19,9 +19,9 @@ def render_line(view: StageView, colour: bool, width: int = 120) -> str:
     """One stage's line, no longer than `width` characters."""
     mark = _MARKS.get(view.state, "·")
     head = f"{mark} {view.stage:<13}{view.state:<10}{duration(view.seconds):>7}  "
-    text = f"{_progress(view)}{view.detail}"
+    text = _progress(view) + "; ".join(filter(None, [view.detail, view.queue]))
     room = max(20, width - len(head))
-    if len(text) > room and view.state != "failed":  # a failure's reason is never cut
+    if len(text) > room and view.state != "failed" and not view.stuck:  # what has to be acted on is never cut
         text = text[: room - 1] + "…"
     if colour and view.state in _COLOURS:
         head = f"\x1b[{_COLOURS[view.state]}m{head}\x1b[0m"

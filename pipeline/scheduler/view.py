@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from pipeline.errors import UserError
 from pipeline.run import atomic
 from pipeline.run.directory import RunDir
 from pipeline.scheduler import submission as submissions
+from pipeline.scheduler.queue import Queued, describe
 from pipeline.scheduler.state import State, recorded_state, resolve
 from pipeline.scheduler.submission import Submission
 from pipeline.stages.names import STAGES
@@ -26,6 +29,10 @@ class StageView:
     step: int
     total: int
     detail: str
+    queue: str = ""
+    """Where its Slurm job is, in words."""
+    stuck: bool = False
+    """Whether that job waits for something that will not come by itself."""
 
     @property
     def ended(self) -> bool:
@@ -34,8 +41,9 @@ class StageView:
 
 def view_run(run: RunDir, submission: Submission | None = None) -> list[StageView]:
     """The stages that have a state or outputs, in order."""
-    submission = submission or submissions.read(run)
-    service = submissions.read(run, service=True)
+    submission, service = (
+        _whole(each) for each in (submission or submissions.read(run), submissions.read(run, service=True))
+    )
     views = []
     for stage in STAGES:
         owner = submission
@@ -44,8 +52,34 @@ def view_run(run: RunDir, submission: Submission | None = None) -> list[StageVie
         state = _state(run, owner, stage)
         if state is not None:
             job = owner.job_of(stage) if owner else None
-            views.append(_view(run, stage, state, (job.job_id if job else None) or ""))
+            view = _view(run, stage, state, (job.job_id if job else None) or "")
+            found = submissions.queued(owner, job) if owner and job and not view.ended else None
+            views.append(replace(view, queue=_queue(run, view, found), stuck=found.stuck) if found else view)
     return views
+
+
+def _whole(submission: Submission | None) -> Submission | None:
+    """The submission with jobs whose ids were not recorded, if Slurm tells; not asked more often than SLURM_S."""
+    if submission is None or time.time() - submission.time < submissions.SUBMITTING_S:
+        return submission
+    known = _found.get(submission.id)
+    if known is None or known[1] != submission or time.monotonic() - known[0] > submissions.SLURM_S:
+        whole = submission
+        with contextlib.suppress(UserError):  # Slurm does not answer: what is recorded has to do
+            whole = submissions.with_orphans(submission)
+        known = _found[submission.id] = (time.monotonic(), submission, whole)
+    return known[2]
+
+
+_found: dict[str, tuple[float, Submission, Submission]] = {}
+"""When it was asked, for which record, and the answer; by submission."""
+
+
+def _queue(run: RunDir, view: StageView, job: Queued) -> str:
+    """Where the job is, and how often it was started before."""
+    recorded = atomic.read_json(run.attempt(view.stage, view.attempt) / "job.json") if view.attempt else None
+    restarts = int((recorded or {}).get("slurm_restart_count", 0)) if not job.waits else 0
+    return describe(job) + (f", restart {restarts}" if restarts else "")
 
 
 def _state(run: RunDir, submission: Submission | None, stage: str) -> State | None:

@@ -97,7 +97,7 @@ def open_sandbox(values: Mapping[str, Any], log: Path) -> Iterator[Engine]:
     if values["engine"] == "venv":
         manifest = atomic.read_json(folder / MANIFEST)
         if manifest is None:
-            raise UserError(f"{folder}: the sandbox is gone; run it again with --force --stage sandbox")
+            raise _not_here(folder)
         yield environment.open_environment(folder, manifest)
         return
     site = Path(values["packages"]) if values.get("packages") else None
@@ -106,7 +106,7 @@ def open_sandbox(values: Mapping[str, Any], log: Path) -> Iterator[Engine]:
         return
     for part in filter(None, (folder, site)):
         if not part.exists():
-            raise UserError(f"{part}: the sandbox is gone; run it again with --force --stage sandbox")
+            raise _not_here(part)
     image = images.Image(values["engine"], str(folder), values["digest"], built=False)
     with contextlib.ExitStack() as stack:
         if values.get("unpack_on_node"):
@@ -115,15 +115,24 @@ def open_sandbox(values: Mapping[str, Any], log: Path) -> Iterator[Engine]:
         yield Apptainer(image.file, name=image.engine, packages=site)
 
 
+def _not_here(path: Path) -> UserError:
+    return UserError(
+        f"{path}: the sandbox is not on {os.uname().nodename}; run --force --stage sandbox, with cluster.cache "
+        "(or sandbox.cache_dir) on a file system that all nodes see"
+    )
+
+
 def engine_of(config: Config) -> str:
     """The engine that the configuration comes to on this machine."""
     return choose_engine(config.sandbox.engine, config.cluster.engine)
 
 
 def cache_dir(config: Config) -> Path:
-    """`sandbox.cache_dir`, or hh-pipeline in the user's cache folder."""
+    """`sandbox.cache_dir`, or hh-pipeline in the cluster's cache, or in the user's own."""
     if config.sandbox.cache_dir is not None:
         return Path(config.sandbox.cache_dir).expanduser().resolve()
+    if config.cluster.cache is not None:
+        return Path(config.cluster.cache) / "hh-pipeline"
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "hh-pipeline"
 

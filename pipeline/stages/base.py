@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from pipeline.config.schema import Config
 from pipeline.run import hashing
 from pipeline.run.directory import Outputs, RunDir
+from pipeline.run.sources import models_of, pinned
 from pipeline.stages.nodes import ONE_NODE, Nodes
 
 
@@ -69,10 +70,10 @@ class Stage(ABC):
         """Environment variables of the work, beyond those of every stage."""
         return {}
 
-    def missing(self, run: RunDir, outputs: Outputs) -> str | None:
+    def missing(self, context: Context, outputs: Outputs) -> str | None:
         """Why a finished stage's outputs cannot be used any more, or None. Sizes only: hashing is for consumers."""
         for name, artifact in outputs.artifacts.items():
-            size = hashing.tree_bytes(run.root / artifact.path)
+            size = hashing.tree_bytes(context.run.root / artifact.path)
             if size < 0:
                 return f"its artifact {name} is gone ({artifact.path})"
             if size != artifact.bytes:
@@ -102,12 +103,19 @@ def digest(outputs: Outputs) -> str:
     return hashing.fingerprint(content)
 
 
-def model_identity(context: Context, name: str, revision: str | None) -> dict[str, Any]:
-    """Identifies a model that the run does not make: a folder by content, a hub id by its revision."""
+def model_identity(context: Context, key: str) -> dict[str, Any]:
+    """Identifies a model that the run does not make: a folder by content, a hub id by the commit that was fetched."""
+    name, revision = models_of(context.config)[key]
     folder = Path(name)
     if folder.is_dir():
         return {"folder_sha256": hashing.hash_tree(folder, context.hashes)[0]}
-    return {"hub_id": name, "revision": revision}
+    pin = pinned(context.run, key, name, revision)
+    return {"hub_id": name, "revision": revision, "commit": pin.commit if pin is not None else None}
+
+
+def tokenizer_identity(context: Context) -> dict[str, Any]:
+    """{"tokenizer": ...} where it is not the model's own, else nothing."""
+    return {"tokenizer": model_identity(context, "tokenizer")} if context.config.model.tokenizer_path else {}
 
 
 def number(value: Any, digits: int = 3) -> str:

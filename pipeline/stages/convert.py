@@ -21,8 +21,7 @@ class Convert(Stage):
         config = context.config
         settings: dict[str, Any] = {"serving": config.serving.model_dump(mode="json", include=_STORE_SETTINGS)}
         if config.reward_model.checkpoint is not None:
-            checkpoint = config.reward_model.checkpoint
-            settings["reward_model"] = model_identity(context, checkpoint, config.reward_model.revision)
+            settings["reward_model"] = model_identity(context, "reward_model")
         return settings
 
     def needs(self, config: Config) -> tuple[str, ...]:

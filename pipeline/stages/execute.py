@@ -22,6 +22,7 @@ from pipeline.stages.base import Context, Stage, Work
 from pipeline.stages.nodes import ONE_NODE, Meeting, Nodes, Rendezvous
 from pipeline.stages.plan import basis
 from pipeline.stages.registry import REGISTRY
+from pipeline.stages.surroundings import surroundings
 
 log = logging.getLogger("pipeline")
 
@@ -176,8 +177,7 @@ def environment_of(stage: Stage, job: Work, more: dict[str, str]) -> dict[str, s
     env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     if job.devices:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(job.devices)
-    if stage.offline:
-        env |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    env |= surroundings(job.config.cluster, stage.offline, os.environ)
     return {**env, **stage.environment(job), **more}
 
 

@@ -13,6 +13,7 @@ from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.run.endpoint import WAIT_VARIABLE
+from pipeline.run.sources import check_sources
 from pipeline.stages.base import Work
 from pipeline.stages.devices import visible_devices
 from pipeline.stages.execute import FINGERPRINT, STOPPED, failure_reason, run_child, started_as
@@ -83,6 +84,7 @@ def _train(
             f"cluster.stages.train: {os.uname().nodename} has {len(devices)} GPUs to train on, the first node "
             f"{rendezvous.devices}; ask for nodes that are alike"
         )
+    check_sources(run, config, "train")  # this node may not see what the first one does
     here = Nodes(nodes.count, nodes.rank, rendezvous.address, rendezvous.port)
     folder = run.attempt(rendezvous.stage, rendezvous.attempt)
     work = Work(run, config, folder / "out", devices, nodes=here)

@@ -19,6 +19,7 @@ from pipeline.config.load import read_config
 from pipeline.errors import UserError
 from pipeline.run import atomic, hashing
 from pipeline.run.directory import RunDir
+from pipeline.run.sources import check_sources
 from pipeline.scheduler import slurm
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.state import recorded_state, resolve, set_state
@@ -120,6 +121,7 @@ def _run_one(run: RunDir, submission: Submission, stage: str) -> None:
     if planned.action == "skip" and not forced:
         set_state(run, stage, submission.id, "skipped", _kept(run, stage, planned.reason))
         return
+    check_sources(run, context.config, stage)
     reason = "forced" if forced else planned.reason
     run_stage(context, stage, submission.id, reason, visible_devices(), forced=forced)
 
@@ -134,6 +136,7 @@ def _train(run: RunDir, submission: Submission, names: tuple[str, ...]) -> None:
             set_state(run, "serve", submission.id, "skipped", "not needed: train is up to date")
         set_state(run, "train", submission.id, "skipped", _kept(run, "train", planned.reason))
         return
+    check_sources(run, context.config, "train")
     reason, nodes = "forced" if forced else planned.reason, of_job()
     if "serve" in names:
         serve_train(context, submission.id, reason, forced, nodes)
@@ -200,7 +203,7 @@ def _wait_for_record(run: RunDir, submission_id: str) -> Submission:
 
 
 def _adopt(run: RunDir, submission: Submission, names: tuple[str, ...]) -> Submission:
-    """The submission with this Slurm job in it, though its script was submitted again by hand.
+    """The submission with this Slurm job in it, though its script was submitted again by hand, or its submitter ended.
 
     Raises UserError when the job that it would replace is alive, or when the submission has no such job.
     """
@@ -208,9 +211,9 @@ def _adopt(run: RunDir, submission: Submission, names: tuple[str, ...]) -> Submi
     if job is None or job.stages != names:
         raise UserError(f"{run.root}: submission {submission.id} has no job {'+'.join(names)}; submit again")
     mine = slurm.job_id()
-    if mine is None or job.job_id in (None, mine):
+    if mine is None or job.job_id == mine:
         return submission
-    if submissions.job_alive(submission, job):
+    if job.job_id is not None and submissions.job_alive(submission, job):
         raise UserError(f"{run.root}: job {job.job_id} does this already; scancel it first, or wait for it")
     submission = submission.with_job(replace(job, job_id=mine))
     submissions.write(run, submission)

@@ -10,6 +10,7 @@ from pipeline.errors import UserError
 from pipeline.run import endpoint
 from pipeline.run.directory import Outputs
 from pipeline.run.hashing import fingerprint
+from pipeline.run.sources import check_sources
 from pipeline.stages.base import Context, Stage, digest
 from pipeline.stages.names import STAGES
 from pipeline.stages.registry import REGISTRY
@@ -47,7 +48,7 @@ def verdict(stage: Stage, context: Context) -> Planned:
     now = basis(stage, context)
     if fingerprint(now) != outputs.fingerprint:
         return Planned(stage.name, "run", "; ".join(differences(outputs.basis, now)) or "fingerprint changed")
-    gone = stage.missing(context.run, outputs)
+    gone = stage.missing(context, outputs)
     return Planned(stage.name, "run", gone) if gone else Planned(stage.name, "skip", "up to date")
 
 
@@ -94,12 +95,36 @@ def _plan_stage(
                 f"--stage {stage.name}: needs {need}, which is not done in {context.run.root}; "
                 f"add it, as in --stage {need},{stage.name}"
             )
+    fetches = "prefetch" in plan and plan["prefetch"].action != "skip"
+    if fetches and "prefetch" in stage.after(context.config):  # it may move to another commit of what the stage reads
+        waits.append("prefetch")
+    decided = _decided(stage, context, waits, force)
+    if decided.action != "skip":
+        for need in stage.needs(context.config):
+            _check_there(stage.name, need, context, plan)
+        if not fetches:
+            check_sources(context.run, context.config, stage.name)
+    return decided
+
+
+def _check_there(stage: str, need: str, context: Context, plan: Mapping[str, Planned]) -> None:
+    """UserError when what the stage needs of a finished stage, which is not looked at again, is gone."""
+    outputs = context.run.outputs(need)
+    if need in plan or outputs is None:
+        return
+    # What prefetch took from the hub is looked at by source: a stage reads only some of it.
+    gone = Stage.missing(REGISTRY[need], context, outputs) or (
+        REGISTRY[need].missing(context, outputs) if need != "prefetch" else None
+    )
+    if gone is not None:
+        raise UserError(f"--stage {stage}: needs {need}, but {gone}; add it, as in --stage {need},{stage}")
+
+
+def _decided(stage: Stage, context: Context, waits: Sequence[str], force: bool) -> Planned:
     if force:
         return Planned(stage.name, "run", "forced")
     outputs: Outputs | None = context.run.outputs(stage.name)
-    if not waits:
-        return verdict(stage, context)
-    if outputs is None:
+    if not waits or outputs is None:
         return verdict(stage, context)
     return Planned(stage.name, "check", f"waits for {', '.join(waits)}: runs if that changes its input")
 
@@ -118,12 +143,15 @@ def _plan_serve(
         missing = [need for need in ("convert", "sandbox") if need not in plan and context.run.outputs(need) is None]
         if missing:
             raise UserError(f"--stage serve: needs {missing[0]}, which is not done; add it to --stage")
+        for need in ("convert", "sandbox"):
+            _check_there("serve", need, context, plan)
         return Planned("serve", "run", "on its own, until it is cancelled")
     train = plan["train"]
     if train.action == "skip":
         return Planned("serve", "skip", "not needed: train is up to date")
     if _live_endpoint(context, plan) is not None:
         return Planned("serve", "skip", "a server is running already")
+    _check_there("serve", "sandbox", context, plan)
     return Planned("serve", train.action, "serves train")
 
 

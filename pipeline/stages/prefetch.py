@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.containers.command import choose_engine
+from pipeline.run.directory import Outputs
 from pipeline.run.hashing import hash_tree
-from pipeline.run.sources import EMBEDDED
+from pipeline.run.sources import EMBEDDED, SETTINGS, pins
 from pipeline.stages.base import Context, Stage, Work, module_command
 from pipeline.stages.sandbox import image_settings
+from pipeline.stages.surroundings import hub_home
 
 
 class Prefetch(Stage):
     name = "prefetch"
+    version = 2
     offline = False
     contained = False
 
@@ -26,6 +29,8 @@ class Prefetch(Stage):
             "reward_model": {"checkpoint": config.reward_model.checkpoint, "revision": config.reward_model.revision},
             "data": config.data.model_dump(mode="json", exclude={"demo"}),
         }
+        if config.model.tokenizer_path is not None:
+            settings["tokenizer"] = config.model.tokenizer_path
         if config.model.path == EMBEDDED:
             settings["model"]["embedded"] = config.model.embedded.model_dump(mode="json")
         if config.data.source == "demo":
@@ -44,5 +49,18 @@ class Prefetch(Stage):
     def command(self, work: Work) -> list[str]:
         return module_command("pipeline.data.prefetch", work)
 
+    def missing(self, context: Context, outputs: Outputs) -> str | None:
+        gone = super().missing(context, outputs)
+        home = hub_home(context.config.cluster, os.environ)
+        for key, pin in pins(context.run).items():
+            if gone is not None or key == "data":  # its rows are in the run
+                continue
+            gone = f"{SETTINGS[key]}: {fault}" if (fault := pin.fault()) else None
+            if gone is None and home is not None and not Path(pin.folder).resolve().is_relative_to(home.resolve()):
+                gone = f"{SETTINGS[key]}: {pin.folder} is not in cluster.cache ({home})"
+        return gone
+
     def headline(self, values: dict[str, Any]) -> str:
-        return f"{values.get('train_rows', 0)} training and {values.get('test_rows', 0)} test dialogues"
+        taken = [f"{pin['name']}@{pin['commit'][:8]}" for pin in values.get("hub", {}).values()]
+        rows = f"{values.get('train_rows', 0)} training and {values.get('test_rows', 0)} test dialogues"
+        return "; ".join([rows, ", ".join(taken)] if taken else [rows])

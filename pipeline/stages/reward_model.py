@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.config.schema import Config
 from pipeline.run.sources import EMBEDDED
-from pipeline.stages.base import Context, Stage, Work, model_identity, number
+from pipeline.stages.base import Context, Stage, Work, model_identity, number, tokenizer_identity
 from pipeline.stages.launch import thread_environment
 from pipeline.stages.sft import supervised_command
 
@@ -18,8 +18,8 @@ class RewardModel(Stage):
         config = context.config
         settings: dict[str, Any] = {"seed": config.seed, "reward_model": config.reward_model.model_dump(mode="json")}
         if config.reward_model.base == "model" and config.model.path != EMBEDDED:
-            settings["model"] = model_identity(context, config.model.path, config.model.revision)
-        return settings
+            settings["model"] = model_identity(context, "model")
+        return {**settings, **(tokenizer_identity(context) if config.reward_model.base == "model" else {})}
 
     def needs(self, config: Config) -> tuple[str, ...]:
         return ("prefetch", "sft") if config.reward_model.base == "sft" else ("prefetch",)

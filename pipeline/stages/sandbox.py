@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.containers.command import choose_engine
 from pipeline.containers.source import content_digest, parse_source
-from pipeline.run.directory import Outputs, RunDir
+from pipeline.run.directory import Outputs
 from pipeline.stages.base import Context, Stage, Work, module_command
 
 
@@ -33,7 +33,7 @@ class Sandbox(Stage):
     def command(self, work: Work) -> list[str]:
         return module_command("pipeline.serving.sandbox", work)
 
-    def missing(self, run: RunDir, outputs: Outputs) -> str | None:
+    def missing(self, context: Context, outputs: Outputs) -> str | None:
         parts = [outputs.values.get("packages")]
         if outputs.values.get("engine") != "docker":
             parts.append(outputs.values.get("path"))

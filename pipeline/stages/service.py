@@ -18,6 +18,7 @@ from pipeline.stages.base import Context
 from pipeline.stages.devices import split_devices, visible_devices
 from pipeline.stages.execute import StageFailed, run_stage
 from pipeline.stages.nodes import Meeting, Nodes, Rendezvous
+from pipeline.stages.surroundings import OFFLINE
 
 if TYPE_CHECKING:
     from pipeline.serving.supervisor import Supervisor
@@ -139,6 +140,7 @@ def supervised(
     folder = run.stage("serve")
     folder.mkdir(parents=True, exist_ok=True)
     job_id = os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID") or str(os.getpid())
+    os.environ |= OFFLINE  # this process and the server: neither has anything to ask the hub
     log_path = folder / ("tritonserver.log" if index == 0 else f"tritonserver-{index}.log")
     with open_sandbox(run.values("sandbox"), log_path) as engine:
         serving = supervise(run, with_bind(config), engine, devices, log_path, job_id, wait=wait, index=index)

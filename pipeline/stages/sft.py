@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.config.schema import Config, Supervised
 from pipeline.run.sources import EMBEDDED
-from pipeline.stages.base import Context, Stage, Work, model_identity, number
+from pipeline.stages.base import Context, Stage, Work, model_identity, number, tokenizer_identity
 from pipeline.stages.launch import accelerate_config, launch_command, plain_command, thread_environment
 
 
@@ -17,8 +17,8 @@ class Sft(Stage):
         config = context.config
         settings: dict[str, Any] = {"seed": config.seed, "sft": config.sft.model_dump(mode="json")}
         if config.model.path != EMBEDDED:
-            settings["model"] = model_identity(context, config.model.path, config.model.revision)
-        return settings
+            settings["model"] = model_identity(context, "model")
+        return {**settings, **tokenizer_identity(context)}
 
     def needs(self, config: Config) -> tuple[str, ...]:
         return ("prefetch",)

@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.run.sources import EMBEDDED
-from pipeline.stages.base import Context, Stage, Work, model_identity, number
+from pipeline.stages.base import Context, Stage, Work, model_identity, number, tokenizer_identity
 from pipeline.stages.launch import accelerate_config, launch_command, thread_environment
 
 _NOT_IN_RESULT = {"tracker", "project_name", "keep_checkpoints", "checkpoint_interval"}
@@ -27,8 +27,10 @@ class Train(Stage):
         for name in ("ppo", "generate", "optimizer", "scheduler"):
             settings[name] = getattr(config, name).model_dump(mode="json")
         if "sft" not in config.all and config.model.path != EMBEDDED:
-            settings["model"] = model_identity(context, config.model.path, config.model.revision)
-        return settings
+            settings["model"] = model_identity(context, "model")
+        if not reward_source(config):
+            settings["reward_model"] = model_identity(context, "reward_model")
+        return {**settings, **tokenizer_identity(context)}
 
     def needs(self, config: Config) -> tuple[str, ...]:
         return (*policy_start(config), *reward_source(config))

@@ -40,7 +40,7 @@ from pipeline.training.scoring_text import ScoringText
 from pipeline.training.split import Split, frozen_reference, split_model
 from pipeline.training.stop import EX_TEMPFAIL, STOPPED, StopRequest
 from pipeline.training.stopping import StopSequences
-from pipeline.training.tracking import start_tracker, tracker_of
+from pipeline.training.tracking import run_id, start_tracker, tracker_of
 from pipeline.training.trainer import Data, Trainer, TrainState, steps_per_phase
 from pipeline.training.update import Updater, learning_rate
 
@@ -59,11 +59,13 @@ def main(argv: list[str] | None = None) -> int:
     stop = StopRequest(run.stop_flag)
     accelerator = start_accelerator(run, config)
     ranks = Ranks(accelerator.process_index, accelerator.num_processes, accelerator.device)
+    name = checkpoints_name(run, config, ranks)
+    start_tracker(accelerator, config, run.tracker, run.root.name, run_id(run.root, name))
     if not ranks.first:
         logging.getLogger().setLevel(logging.WARNING)
     progress = Progress(out, config.train.total_steps)
 
-    trainer, split = assemble(run, config, accelerator, ranks, progress, stop)
+    trainer, split = assemble(run, config, accelerator, ranks, progress, stop, name)
     try:
         state, complete = trainer.train()
     finally:
@@ -88,9 +90,15 @@ def quiet_libraries() -> None:
 
 
 def assemble(
-    run: RunDir, config: Config, accelerator: Accelerator, ranks: Ranks, progress: Progress, stop: StopRequest
+    run: RunDir,
+    config: Config,
+    accelerator: Accelerator,
+    ranks: Ranks,
+    progress: Progress,
+    stop: StopRequest,
+    name: str,
 ) -> tuple[Trainer, Split]:
-    """Load models and data, connect the scorer, and put the trainer together."""
+    """Load models and data, connect the scorer, and put the trainer together, with checkpoints below `name`."""
     start = sources.policy_start_path(run, config)
     check_positions(start, "train.seq_length", config.train.seq_length)
     tokenizer_folder = sources.tokenizer_path(run, config, start)
@@ -121,27 +129,24 @@ def assemble(
         config.optimizer.max_grad_norm,
         rate=lambda step: learning_rate(step, config.optimizer, config.scheduler, total),
     )
-    name = checkpoints_name(run, config, start, reward_folder, ranks)
     checkpoints = Checkpoints(run.checkpoints / name, ranks, config.train.keep_checkpoints)
     return Trainer(run, config, data, sampler, updater, reference, ranks, checkpoints, progress, stop), split
 
 
-def checkpoints_name(run: RunDir, config: Config, start: Path, rewards: Path, ranks: Ranks) -> str:
-    """The checkpoints' folder: what the control plane says, else made from all that enters a training by hand.
-
-    `start` and `rewards` are the folders of the policy's start and of the reward model.
-    """
+def checkpoints_name(run: RunDir, config: Config, ranks: Ranks) -> str:
+    """The checkpoints' folder: what the control plane says, else made from all that enters a training by hand."""
     given = os.environ.get(FINGERPRINT)
-    return given or str(ranks.from_first(manual_fingerprint(run, config, start, rewards) if ranks.first else None))
+    return given or str(ranks.from_first(manual_fingerprint(run, config) if ranks.first else None))
 
 
-def manual_fingerprint(run: RunDir, config: Config, start: Path, rewards: Path) -> str:
+def manual_fingerprint(run: RunDir, config: Config) -> str:
     """ "manual-" and a fingerprint of the settings that enter training, the models' files and the data's."""
     settings = {key: value for key, value in config.plain().items() if key not in NOT_IN_TRAINING}
     settings["serving"] = {key: settings["serving"][key] for key in ("dtype", "max_length")}
     settings["train"] = {key: value for key, value in settings["train"].items() if key not in NOT_IN_RESULT}
+    folders = (sources.policy_start_path(run, config), sources.reward_model_path(run, config))
     cache = hashing.HashCache(run.root / "cache" / "hashes.json")
-    inputs = [hashing.hash_tree(folder, cache)[0] for folder in (start, rewards, run.artifact("prefetch", "data"))]
+    inputs = [hashing.hash_tree(folder, cache)[0] for folder in (*folders, run.artifact("prefetch", "data"))]
     cache.save()
     return f"manual-{hashing.fingerprint([settings, inputs])}"
 
@@ -205,12 +210,9 @@ def load_data(run: RunDir, config: Config, sampler: Sampler, ranks: Ranks, progr
 
 
 def start_accelerator(run: RunDir, config: Config) -> Accelerator:
-    """The Accelerator with its tracker."""
+    """The Accelerator; its tracker is yet to be started."""
     accumulation = -(-config.train.batch_size // (config.train.micro_batch_size or config.train.batch_size))
-    folder = run.root / "tracker"
-    accelerator = make_accelerator(accumulation, tracker_of(config), folder)
-    start_tracker(accelerator, config, folder, run.root.name)
-    return accelerator
+    return make_accelerator(accumulation, tracker_of(config), run.tracker)
 
 
 def save_policy(split: Split, tokenizer: Any, folder: Path, accelerator: Accelerator, ranks: Ranks) -> None:

@@ -1,7 +1,12 @@
-"""Experiment trackers through accelerate: Weights & Biases online where it finds a key, offline where it does not."""
+"""Experiment trackers through accelerate: Weights & Biases online where it finds a key, offline where it does not.
+
+A training is one run there, however many segments it has: each segment gives the same id. Offline, each leaves a
+folder of its own, and `python -m pipeline.sync` sends them all to that one run.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
 import logging
@@ -30,7 +35,12 @@ def tracker_of(config: Config) -> str | None:
     return name
 
 
-def start_tracker(accelerator: Accelerator, config: Config, folder: Path, name: str) -> None:
+def run_id(run: Path, training: str) -> str:
+    """The same for all segments of a training of a run directory, and no other's."""
+    return hashlib.sha256(f"{run}\0{training}".encode()).hexdigest()[:16]
+
+
+def start_tracker(accelerator: Accelerator, config: Config, folder: Path, name: str, identity: str) -> None:
     """Start the configured tracker, if any, for a run called `name`; its files lie below `folder`."""
     tracker = tracker_of(config)
     if tracker is None or not accelerator.is_main_process:
@@ -39,16 +49,18 @@ def start_tracker(accelerator: Accelerator, config: Config, folder: Path, name: 
     settings = {"preset": config.preset, "seed": config.seed, "lr": config.optimizer.lr, **config.ppo.model_dump()}
     known = {key: value for key, value in settings.items() if value is not None}
     if tracker == "wandb":
-        _start_wandb(accelerator, config.train.project_name, known, folder, name)
+        _start_wandb(accelerator, config.train.project_name, known, folder, name, identity)
     else:
         accelerator.init_trackers(config.train.project_name, known)
 
 
-def _start_wandb(accelerator: Accelerator, project: str, settings: dict[str, object], folder: Path, name: str) -> None:
+def _start_wandb(
+    accelerator: Accelerator, project: str, settings: dict[str, object], folder: Path, name: str, identity: str
+) -> None:
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    options = {"dir": str(folder), "name": name}
+    options = {"dir": str(folder), "name": name, "id": identity, "resume": "allow"}
     try:
         if "WANDB_MODE" not in os.environ and not wandb_finds_a_key():
             logger.info("Weights & Biases finds no key: it writes offline, below %s", folder)
