@@ -11,6 +11,8 @@ from pipeline.run.directory import RunDir
 from pipeline.scheduler import slurm
 from pipeline.scheduler.submission import Job, Submission, job_alive
 
+SUBMITTING_S = 180.0
+"""A job without an id after so long was never submitted. Longer than a refused sbatch is tried again."""
 ENDED = ("done", "skipped", "failed", "cancelled", "stopped")
 
 
@@ -59,7 +61,7 @@ def resolve(run: RunDir, submission: Submission, stage: str) -> State:
         recorded = State(submission.id, "pending")
     if recorded.ended or alive:
         return recorded
-    if job.job_id is None and time.time() - submission.time < 20:
+    if job.job_id is None and time.time() - submission.time < SUBMITTING_S:
         return recorded  # still being submitted
     for parent in job.waits_for if recorded.state in ("pending", "waiting") else ():
         before = resolve(run, submission, parent)  # Slurm ends what waits for a job that failed
@@ -71,5 +73,6 @@ def resolve(run: RunDir, submission: Submission, stage: str) -> State:
 
 def _cause(submission: Submission, job: Job) -> str:
     """Why a job ended without a word of its own."""
-    said = slurm.describe_end(job.job_id) if submission.executor == "slurm" and job.job_id else None
+    slurm_id = job.job_id if submission.executor == "slurm" else submission.allocation
+    said = slurm.describe_end(slurm_id) if slurm_id else None
     return said or "it was killed or lost its node"

@@ -6,6 +6,7 @@ Plain files only: reading a run's state needs neither submitit nor the configura
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -49,6 +50,11 @@ class Submission:
     service: bool = False
     """Whether a server runs on its own in it, outside a training's job. Such a submission has a record of its own,
     so that trainings can be submitted while the server goes on."""
+
+    allocation: str | None = None
+    """Id of the Slurm job that the jobs are processes in; its node is not this one, as a rule."""
+    restart: int = 0
+    """How often that Slurm job had been requeued: a later start of it has none of these processes."""
 
     def job_of(self, stage: str) -> Job | None:
         """The job that runs `stage`, or None."""
@@ -98,27 +104,36 @@ def busy(run: RunDir) -> Submission | None:
 
 def job_alive(submission: Submission, job: Job) -> bool:
     """Whether the job is waiting or running."""
-    if submission.executor == "local":
-        return job.process is not None and job.process.alive()
-    return job.job_id is not None and job.job_id in _slurm_jobs(submission)
+    if submission.executor == "slurm":
+        return job.job_id is not None and job.job_id in _slurm_jobs(submission)
+    if job.process is None or not job.process.alive():
+        return False
+    return job.process.here or submission.allocation is None or _allocation_runs(submission)
 
 
 def live_jobs(submission: Submission | None) -> list[Job]:
     """The submission's jobs that are waiting or running."""
     if submission is None:
         return []
-    if submission.executor == "local":
-        return [job for job in submission.jobs if job_alive(submission, job)]
-    known = _slurm_jobs(submission)
-    return [job for job in submission.jobs if job.job_id in known]
+    return [job for job in submission.jobs if job_alive(submission, job)]
 
 
 def _slurm_jobs(submission: Submission) -> set[str]:
-    """The submission's jobs in the queue; asked for all at once, and not more often than every SLURM_S seconds."""
-    ids = tuple(job.job_id for job in submission.jobs if job.job_id)
+    """The submission's jobs in the queue."""
+    return _ask_slurm(tuple(job.job_id for job in submission.jobs if job.job_id), slurm.live_jobs)
+
+
+def _allocation_runs(submission: Submission) -> bool:
+    """Whether the submission's allocation runs still, in the very start that its processes belong to."""
+    ids = (submission.allocation or "", str(submission.restart))
+    return bool(_ask_slurm(ids, lambda ids: slurm.live_start(ids[0], int(ids[1]))))
+
+
+def _ask_slurm(ids: tuple[str, ...], ask: Callable[[tuple[str, ...]], set[str]]) -> set[str]:
+    """Slurm's answer for all ids at once; not asked for more often than every SLURM_S seconds."""
     known = _asked.get(ids)
     if known is None or time.monotonic() - known[0] > SLURM_S:
-        known = _asked[ids] = (time.monotonic(), slurm.live_jobs(ids))
+        known = _asked[ids] = (time.monotonic(), ask(ids))
     return known[1]
 
 
