@@ -39,17 +39,21 @@ def _cancel(run: RunDir, submission: Submission, grace_s: float) -> list[str]:
     if submission.executor == "slurm":
         ids = [job.job_id for job in submissions.live_jobs(submission) if job.job_id]
         slurm.cancel(ids)
-        deadline = time.monotonic() + grace_s
-        while queue.ask(ids) and time.monotonic() < deadline:
-            time.sleep(0.5)
+        _wait_for_slurm(ids, grace_s)
     else:
         _end_local(run, submission, grace_s)
     for stage in open_stages:
         if not resolve(run, submission, stage).ended or resolve(run, submission, stage).state == "failed":
             set_state(run, stage, submission.id, "cancelled", "by pipeline.cancel")
-    if submission.executor == "local":
+    if submission.executor != "slurm":
         endpoint.withdraw(run)
     return open_stages
+
+
+def _wait_for_slurm(ids: list[str], grace_s: float) -> None:
+    deadline = time.monotonic() + grace_s
+    while queue.ask(ids) and time.monotonic() < deadline:
+        time.sleep(0.5)
 
 
 def _end_local(run: RunDir, submission: Submission, grace_s: float) -> None:
@@ -57,6 +61,10 @@ def _end_local(run: RunDir, submission: Submission, grace_s: float) -> None:
     live = submissions.live_jobs(submission)
     for job in live:
         if job.process is not None and not job.process.here:
+            if submission.allocation is not None and slurm.is_batch(submission.allocation):
+                slurm.cancel([submission.allocation])  # its script is the submitter, and the jobs end with it
+                _wait_for_slurm([submission.allocation], grace_s)
+                return
             raise UserError(f"{run.root}: its jobs are processes of {job.process.host}; run pipeline.cancel there")
     # Last jobs first: a waiting one must not take its parent's end for a reason to start.
     for job in reversed(live):

@@ -13,7 +13,7 @@ from pipeline.containers.trainer import in_image
 from pipeline.run import snapshot
 from pipeline.run.directory import RunDir
 from pipeline.scheduler import script
-from pipeline.scheduler.submit import group_jobs
+from pipeline.scheduler.submit import divide, group_jobs
 from pipeline.stages.base import Work
 from pipeline.stages.devices import split_devices, visible_devices
 from pipeline.stages.plan import Planned
@@ -25,8 +25,13 @@ def show_plan(run: RunDir, config: Config, plan: Sequence[Planned]) -> None:
     print(f"plan for {run.root} (preset {config.preset}, cluster {config.cluster.name}):")
     for each in plan:
         print(f"  {each.stage:<13}{each.action:<7}{each.reason}")
+    here, rest = divide(config, plan)
+    for job in group_jobs(config, here):
+        print(f"\njob {job.name} (here, before anything is submitted)")
+        for stage in job.stages:
+            print("  " + render_command(run, config, stage))
     code = snapshot.folder(run)
-    for job in group_jobs(config, plan):
+    for job in group_jobs(config, rest):
         waits = f", after {', '.join(job.waits_for)}" if job.waits_for else ""
         beside = f", beside {', '.join(job.beside)}" if job.beside else ""
         print(f"\njob {job.name} ({config.cluster.executor}{waits}{beside})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from collections.abc import Callable
 
 from pipeline.run.directory import RunDir
 from pipeline.scheduler import submission as submissions
@@ -16,11 +17,12 @@ _LINE_EVERY_S = 10.0
 _END_S = 10.0
 
 
-def follow(run: RunDir, submission: Submission) -> list[StageView]:
-    """Show the submission's stages until all have ended; return how they ended."""
+def follow(run: RunDir, submission: Submission, leave: Callable[[], bool] = lambda: False) -> list[StageView]:
+    """Show the submission's stages until all have ended, or `leave` says to; return how they are then."""
     show = _follow_terminal if sys.stdout.isatty() else _follow_lines
-    views = show(run, submission)
-    _wait_for_processes(submission)
+    views = show(run, submission, leave)
+    if not leave():
+        _wait_for_processes(submission)
     return views
 
 
@@ -28,7 +30,7 @@ def _wait_for_processes(submission: Submission) -> None:
     """Local jobs write their last state a moment before their processes end; leave when those are gone too."""
     deadline = time.monotonic() + _END_S
     jobs = [job for job in submission.jobs if job.stages != ("serve",)]
-    while submission.executor == "local" and time.monotonic() < deadline:
+    while submission.executor != "slurm" and time.monotonic() < deadline:
         if not any(job_alive(submission, job) for job in jobs):
             return
         time.sleep(0.05)
@@ -46,7 +48,7 @@ def _over(views: list[StageView]) -> bool:
     return all(view.ended or (view.stage == "serve" and "TRITON_HOST=" in view.detail) for view in views)
 
 
-def _follow_terminal(run: RunDir, submission: Submission) -> list[StageView]:
+def _follow_terminal(run: RunDir, submission: Submission, leave: Callable[[], bool]) -> list[StageView]:
     shown = 0
     while True:
         views = _stages(run, submission)
@@ -57,12 +59,12 @@ def _follow_terminal(run: RunDir, submission: Submission) -> list[StageView]:
         sys.stdout.flush()
         # Long reasons wrap: count the lines as the terminal breaks them.
         shown = sum(1 + (len(line) - 1) // columns for line in render_table(views, False, columns - 1).splitlines())
-        if _over(views):
+        if _over(views) or leave():
             return views
         time.sleep(0.5)
 
 
-def _follow_lines(run: RunDir, submission: Submission) -> list[StageView]:
+def _follow_lines(run: RunDir, submission: Submission, leave: Callable[[], bool]) -> list[StageView]:
     states: dict[str, tuple[str, str]] = {}
     printed: dict[str, float] = {}
     while True:
@@ -76,6 +78,6 @@ def _follow_lines(run: RunDir, submission: Submission) -> list[StageView]:
             if changed or (view.state == "running" and view.total and now - printed[view.stage] > _LINE_EVERY_S):
                 print(render_line(view, colour=False, width=160), flush=True)
                 states[view.stage], printed[view.stage] = key, now
-        if _over(views):
+        if _over(views) or leave():
             return views
         time.sleep(0.25)

@@ -221,7 +221,8 @@ def terminate(process: ProcessId) -> None:
 def in_new_session(work: Callable[[], None], log: Path) -> None:
     """Run `work` in a forked child with a session of its own, so that what it starts survives our Ctrl-C and exit.
 
-    What it and its children print goes to `log`: none of them holds the caller's terminal or pipe open.
+    What it and its children print goes to `log`: none of them holds the caller's terminal or pipe open. A Ctrl-C
+    before it is through is a KeyboardInterrupt in `work` too, which can undo what it has done.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     read_end, write_end = os.pipe()
@@ -231,6 +232,7 @@ def in_new_session(work: Callable[[], None], log: Path) -> None:
         os.setsid()
         status = 0
         try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             _redirect(log)
             work()
         except BaseException as error:  # reported to the parent, which raises
@@ -240,7 +242,13 @@ def in_new_session(work: Callable[[], None], log: Path) -> None:
     os.close(write_end)
     with os.fdopen(read_end, "rb", closefd=True) as pipe:
         # Processes that `work` left running hold no copy of the pipe: descriptors are not inheritable.
-        message = pipe.read().decode("utf-8", "replace")
+        try:
+            message = pipe.read().decode("utf-8", "replace")
+        except KeyboardInterrupt:
+            _signal(child, signal.SIGINT)
+            pipe.read()
+            os.waitpid(child, 0)
+            raise
     os.waitpid(child, 0)
     if message:
         kind, _, text = message.partition(": ")

@@ -15,9 +15,12 @@ from pipeline.errors import UserError, run_command
 from pipeline.stages.names import STAGES
 
 if TYPE_CHECKING:  # importing these takes longer than printing --help may
+    from pipeline.config.cluster import Cluster
     from pipeline.config.schema import Config
     from pipeline.run.directory import RunDir
+    from pipeline.scheduler import allocation
     from pipeline.scheduler.submission import Submission
+    from pipeline.scheduler.view import StageView
     from pipeline.stages.plan import Planned
 
 EPILOG = """stages, in order: {stages}
@@ -63,14 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pipeline.run import provenance
     from pipeline.run.directory import RunDir
     from pipeline.run.lock import lock
+    from pipeline.scheduler import script, slurm
     from pipeline.scheduler import submission as submissions
-    from pipeline.scheduler.submit import refuse_other_config, submit
+    from pipeline.scheduler.submit import divide, refuse_other_config, submit
     from pipeline.stages.names import select_stages
 
     run_dir = arguments.run_dir or Path("runs") / _default_name(arguments.preset)
     run = RunDir(Path(os.path.abspath(run_dir)))
-    if "%" in str(run.root):
-        raise UserError(f"--run-dir {run_dir}: submitit gives % a meaning in paths; choose a path without it")
+    script.check_path(run.root)
     shown = shlex.quote(str(run_dir))
     provenance.check_layout(run)
     config = resolve_config(run, arguments.preset, arguments.set, arguments.cluster)
@@ -80,21 +83,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         show_plan(run, config, plan(run, config, selected, arguments.force))
         return 0
-    with lock(run.root / "control" / "submit.lock", "submitting"):
-        submissions.recover(run)
-        current = submissions.busy(run)
-        if current is not None:
-            refuse_other_config(run, config)
-            print(f"jobs of {shown} are running already; following them")
-        else:
-            planned = plan(run, config, selected, arguments.force)
-            if all(each.action == "skip" for each in planned):
-                _say_nothing_to_do(run_dir, planned, time.monotonic() - started)
-                return 0
-            _say_plan(run_dir, planned)
-            forced = [each.stage for each in planned] if arguments.force else []
-            current = submit(run, config, planned, forced)
-    return _follow(run, run_dir, current, arguments.no_follow)
+    ending = _enter_allocation(config.cluster, arguments.no_follow) if config.cluster.executor == "allocation" else None
+    mine = True  # the jobs to follow, and not another submitter's
+    while True:
+        with lock(run.root / "control" / "submit.lock", "submitting"):
+            submissions.recover(run)
+            current = submissions.busy(run)
+            if current is not None:
+                refuse_other_config(run, config)
+                print(f"jobs of {shown} are running already; following them")
+                mine = False
+            else:
+                planned = plan(run, config, selected, arguments.force)
+                if all(each.action == "skip" for each in planned):
+                    _say_nothing_to_do(run_dir, planned, time.monotonic() - started)
+                    return 0
+                _say_plan(run_dir, planned)
+                here, rest = divide(config, planned)
+                forced = [each.stage for each in planned] if arguments.force else []
+                current = submit(run, config, here or rest, forced, "local" if here else None)
+        if current.executor == config.cluster.executor:
+            break
+        # Stages that run here first. What they made may change what the others have to do: plan again.
+        status = _follow(run, run_dir, current)
+        selected = tuple(stage for stage in selected if current.job_of(stage) is None)
+        if status != 0 or not selected:
+            if selected:
+                print("nothing else has been submitted: the same command does that once they are done", file=sys.stderr)
+            return status
+    if ending is not None and mine:
+        return _follow_inside(run, run_dir, current, config.cluster, ending)
+    if arguments.no_follow or (current.executor == "slurm" and slurm.on_a_node()):
+        ids = ", ".join(f"{job.name} ({job.job_id})" for job in current.jobs)
+        print(f"submitted: {ids}\nfollow with: python -m pipeline.status {shown} --watch")
+        return 0  # a job that follows others would hold its node for nothing
+    return _follow(run, run_dir, current)
 
 
 def resolve_config(run: RunDir, preset: str | None, overrides: Sequence[str], cluster: str | None) -> Config:
@@ -139,14 +162,20 @@ def _say_plan(run_dir: Path, planned: Sequence[Planned]) -> None:
     print(flush=True)
 
 
-def _follow(run: RunDir, run_dir: Path, submission: Submission, leave: bool) -> int:
-    shown = shlex.quote(str(run_dir))
-    if leave:
-        ids = ", ".join(f"{job.name} ({job.job_id})" for job in submission.jobs)
-        print(f"submitted: {ids}\nfollow with: python -m pipeline.status {shown} --watch")
-        return 0
+def _enter_allocation(cluster: Cluster, no_follow: bool) -> allocation.Ending:
+    """Make sure that there is an allocation around, and listen for its end from now on."""
+    from pipeline.scheduler import allocation
+
+    here = allocation.surrounding()
+    if no_follow:
+        raise UserError("--no-follow: jobs inside an allocation end with the command that started them; leave it out")
+    return allocation.Ending(here, cluster.requeue)
+
+
+def _follow(run: RunDir, run_dir: Path, submission: Submission) -> int:
     from pipeline.follow import follow
 
+    shown = shlex.quote(str(run_dir))
     try:
         views = follow(run, submission)
     except KeyboardInterrupt:
@@ -155,6 +184,34 @@ def _follow(run: RunDir, run_dir: Path, submission: Submission, leave: bool) -> 
             f"stop them with: python -m pipeline.cancel {shown}"
         )
         return 130
+    return _report(run, run_dir, submission, views)
+
+
+def _follow_inside(
+    run: RunDir, run_dir: Path, submission: Submission, cluster: Cluster, ending: allocation.Ending
+) -> int:
+    """Follow jobs that end with this process; on Slurm's word, or a Ctrl-C, end them in order."""
+    from pipeline.follow import follow
+    from pipeline.scheduler import allocation
+    from pipeline.scheduler.submission import live_jobs
+
+    views: list[StageView] = []
+    ending.following = True
+    try:
+        views = follow(run, submission, lambda: bool(ending))
+        while live_jobs(submission) and not ending:  # a server on its own goes on
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        ending.by_hand = True
+    if not ending or (views and all(view.ended for view in views)):
+        return _report(run, run_dir, submission, views)
+    print(f"{run_dir}: {allocation.wind_up(run, submission, cluster, ending)}", file=sys.stderr)
+    return allocation.ENDED
+
+
+def _report(run: RunDir, run_dir: Path, submission: Submission, views: Sequence[StageView]) -> int:
+    """Say how the followed stages ended; the command's exit status."""
+    shown = shlex.quote(str(run_dir))
     bad = [view for view in views if view.state in ("failed", "cancelled", "stopped")]
     for view in bad:
         if view.state == "failed":

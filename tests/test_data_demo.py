@@ -85,6 +85,7 @@ def test_prefetch_makes_the_data_and_the_model(tmp_path: Path) -> None:
     tree = {
         "model": {"path": "embedded", "num_layers_unfrozen": 1, "embedded": size},
         "data": {"source": "demo", "demo": {"train": 60, "test": 8}},
+        "sandbox": {"engine": "none"},
         "train": {"seq_length": 100},
         "generate": {"max_new_tokens": 48},
         "sft": {"max_length": 100},

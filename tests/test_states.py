@@ -26,6 +26,7 @@ def run(tmp_path: Path) -> RunDir:
 @pytest.fixture(autouse=True)
 def _no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submissions, "_asked", {})
+    monkeypatch.setattr(submissions, "_runs", {})
 
 
 def fake_slurm(monkeypatch: pytest.MonkeyPatch, folder: Path, **commands: str) -> Path:
@@ -118,3 +119,48 @@ def test_accounting_answers_where_the_controller_has_forgotten(run, tmp_path, mo
     fake_slurm(monkeypatch, tmp_path, squeue="exit 0", scontrol="exit 1", sacct="echo 'CANCELLED by 1000'")
     submission = Submission("s1", "slurm", (Job(("sft",), job_id="93"),))
     assert resolve(run, submission, "sft").reason == "died (job 93): it was cancelled by scancel"
+
+
+def in_allocation(restart: int) -> Submission:
+    elsewhere = procs.ProcessId("a-node", 4, 1, "its boot")
+    jobs = (Job(("sft",), job_id="4", process=elsewhere),)
+    return Submission("s1", "allocation", jobs, allocation="71", restart=restart)
+
+
+def test_jobs_inside_an_allocation_live_as_long_as_that_start_of_it(run, tmp_path, monkeypatch) -> None:
+    said = "echo JobId=71 BatchFlag=1 JobState=RUNNING Restarts=1"
+    fake_slurm(monkeypatch, tmp_path, squeue="echo 71", scontrol=said)
+    set_state(run, "sft", "s1", "running", attempt=1)
+    assert resolve(run, in_allocation(1), "sft").state == "running"
+    assert resolve(run, in_allocation(0), "sft").state == "failed"  # of before it was requeued
+
+
+def test_jobs_inside_an_allocation_that_waits_again_are_over(run, tmp_path, monkeypatch) -> None:
+    fake_slurm(monkeypatch, tmp_path, squeue="echo 71", scontrol="echo JobId=71 JobState=PENDING Restarts=0")
+    submissions.write(run, in_allocation(0))
+    assert submissions.busy(run) is None  # the next start submits
+
+
+def test_an_allocation_is_cancelled_from_elsewhere_by_its_own_job(run, tmp_path, monkeypatch) -> None:
+    calls = fake_slurm(
+        monkeypatch,
+        tmp_path,
+        squeue="test -f cancelled || echo 71",
+        scontrol="echo JobId=71 BatchFlag=1 JobState=RUNNING Restarts=0",
+        scancel=f"touch {tmp_path}/cancelled",
+    )
+    monkeypatch.chdir(tmp_path)
+    submissions.write(run, in_allocation(0))
+    set_state(run, "sft", "s1", "running", attempt=1)
+    assert cancel.cancel(run, grace_s=20) == ["sft"]
+    assert "scancel 71" in calls.read_text()
+    assert resolve(run, in_allocation(0), "sft").state == "cancelled"
+
+
+def test_the_shell_of_an_interactive_allocation_is_not_cancelled(run, tmp_path, monkeypatch) -> None:
+    shown = "echo JobId=71 BatchFlag=0 JobState=RUNNING Restarts=0"
+    calls = fake_slurm(monkeypatch, tmp_path, squeue="echo 71", scontrol=shown, scancel="")
+    submissions.write(run, in_allocation(0))
+    with pytest.raises(UserError, match=r"its jobs are processes of a-node; run pipeline.cancel there"):
+        cancel.cancel(run, grace_s=0)
+    assert "scancel" not in calls.read_text()

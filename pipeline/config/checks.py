@@ -51,6 +51,11 @@ def check_sizes(config: Config) -> None:
 
 def _check_placement(config: Config) -> None:
     """A server in a job of its own must be one that other nodes can reach."""
+    if config.cluster.on_login_node and config.cluster.executor != "slurm":
+        raise ValueError(
+            f'cluster.on_login_node: cluster.executor = "{config.cluster.executor}" runs every stage where submit '
+            "runs; leave it out"
+        )
     if config.cluster.placement != "separate":
         return
     if config.cluster.executor != "slurm":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -12,7 +13,7 @@ from pipeline.stages.names import STAGES
 
 
 class Resources(Section):
-    """What one stage's job asks Slurm for. The local executor ignores everything but the time limit."""
+    """What one stage's job asks Slurm for. Executor `local` reads the time limit only, `allocation` nothing."""
 
     time_min: int = Field(24 * 60, ge=1)
     """The job's time limit, in minutes."""
@@ -31,8 +32,8 @@ class Cluster(Section):
 
     name: str = Field("local", min_length=1)
     """What the profile is called, for people."""
-    executor: Literal["local", "slurm"] = "local"
-    """Jobs are child processes on this machine, or Slurm jobs."""
+    executor: Literal["local", "slurm", "allocation"] = "local"
+    """Jobs are processes of this machine, Slurm jobs, or processes inside the one allocation that submit runs in."""
     placement: Literal["colocated", "separate"] = "colocated"
     """Server and training in one job, or the server in a job of its own on any node."""
     account: str | None = Field(None, min_length=1)
@@ -81,6 +82,8 @@ class Cluster(Section):
     """A .sif file or sandbox folder (containers/trainer.def) in which the stages' work runs; None: no container."""
     binds: tuple[Text, ...] = ()
     """Further folders that the trainer's container sees, such as a site's project space; $VARIABLES are expanded."""
+    on_login_node: tuple[Literal["prefetch", "sandbox"], ...] = ()
+    """Stages that submit runs where it runs itself, before it submits the others: they need the internet."""
     retries: int = Field(0, ge=0, le=10)
     """How often a stage is submitted again that Slurm ended: out of memory or time, or for a failed node."""
     retry_growth: float = Field(1.5, gt=1, le=4)
@@ -104,6 +107,14 @@ class Cluster(Section):
                     f"cluster.stages.{name}: unknown stage{nearest(name, STAGES)}; stages: {', '.join(STAGES)}"
                 )
         return stages
+
+    @field_validator("environment")
+    @classmethod
+    def _variables_have_names(cls, environment: dict[str, str]) -> dict[str, str]:
+        for name in environment:
+            if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+                raise ValueError(f"cluster.environment: {name!r} is no variable's name; use letters, digits and _")
+        return environment
 
     def resources(self, stage: str) -> Resources:
         """What `stage` asks for."""

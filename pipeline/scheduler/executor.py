@@ -8,11 +8,13 @@ from pathlib import Path
 
 from pipeline import procs
 from pipeline.config.cluster import Cluster
+from pipeline.errors import UserError
 from pipeline.run import snapshot
 from pipeline.run.directory import RunDir
-from pipeline.scheduler import script
+from pipeline.scheduler import allocation, script, slurm
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.options import dependency, job_resources
+from pipeline.scheduler.state import set_state
 from pipeline.scheduler.submission import Job, Submission
 from pipeline.stages.job import VISIBLE_DEVICES, run_job
 
@@ -21,11 +23,14 @@ LEAKING = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "PMI_", "PMIX_", "SUBMITIT_"
 
 
 def submit_jobs(run: RunDir, submission: Submission, cluster: Cluster) -> Submission:
-    """Submit the jobs in order and record each one's id as soon as it is known.
+    """Submit the jobs in order and record each one's id as soon as it is known: all of them, or none.
 
-    It runs in a session of its own: jobs survive the submitter's end and a Ctrl-C in its terminal.
+    It runs in a session of its own: jobs survive the submitter's end and a Ctrl-C in its terminal. Only those inside
+    an allocation are the submitter's children.
     """
     code = snapshot.take(run)
+    if submission.executor == "allocation":
+        return allocation.start_jobs(run, submission, cluster, code)
     procs.in_new_session(lambda: _submit_all(run, submission, cluster, code), run.root / "jobs" / "controllers.log")
     recorded = submissions.find(run, submission.id)
     assert recorded is not None
@@ -34,23 +39,42 @@ def submit_jobs(run: RunDir, submission: Submission, cluster: Cluster) -> Submis
 
 def _submit_all(run: RunDir, submission: Submission, cluster: Cluster, code: Path) -> None:
     local = submission.executor == "local"
-    allocation = {key: value for key, value in os.environ.items() if key.startswith(LEAKING) and key != "SLURM_CONF"}
-    for key in allocation:
+    for key in [key for key in os.environ if key.startswith(LEAKING) and key != "SLURM_CONF"]:
         del os.environ[key]
     if local:
         # submitit's local executor overwrites CUDA_VISIBLE_DEVICES; the job puts it back.
         os.environ[VISIBLE_DEVICES] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
         os.chdir(run.root)  # a checkout that is the working directory would come before the code of the run
+    try:
+        for job in submission.jobs:
+            if local:
+                job_id = _start_local(run, submission, cluster, job)
+                submitted = replace(job, job_id=job_id, process=procs.process_of(int(job_id)))
+            else:
+                job_id = script.submit(run, submission.id, cluster, job, code, depends_on(submission, job))
+                submitted = replace(job, job_id=job_id)
+            submission = submission.with_job(submitted)
+            submissions.write(run, submission)
+    except BaseException as error:
+        try:
+            _take_back(run, submission, str(error) or "interrupted")
+        except UserError as more:
+            raise UserError(f"{error}; its other jobs are in the queue still: {more}") from error
+        raise
+
+
+def _take_back(run: RunDir, submission: Submission, reason: str) -> None:
+    """End the jobs of a submission that did not get through: without the others, they would work for nothing."""
+    submitted = [job for job in submission.jobs if job.job_id is not None]
+    for job in reversed(submitted):  # a waiting one must not take its parent's end for a reason to start
+        if job.process is not None:
+            procs.terminate(job.process)
+    if submission.executor == "slurm":
+        slurm.cancel([job.job_id for job in submitted if job.job_id])
     for job in submission.jobs:
-        if local:
-            job_id = _start_local(run, submission, cluster, job)
-            submitted = replace(job, job_id=job_id, process=procs.process_of(int(job_id)))
-        else:
-            job_id = script.submit(run, submission.id, cluster, job, code, depends_on(submission, job))
-            submitted = replace(job, job_id=job_id)
-        submission = submission.with_job(submitted)
-        submissions.write(run, submission)
+        for stage in job.stages:
+            set_state(run, stage, submission.id, "cancelled", f"not all jobs could be submitted: {reason}")
 
 
 def _start_local(run: RunDir, submission: Submission, cluster: Cluster, job: Job) -> str:

@@ -25,7 +25,8 @@ def slurm_options(cluster: Cluster, job: Job) -> dict[str, Any]:
         "signal": f"USR2@{cluster.grace_s}",
         ("requeue" if cluster.requeue else "no-requeue"): True,
     }
-    return {**options, **cluster.extra}
+    # `extra` wins; false takes an option away.
+    return {name: value for name, value in {**options, **cluster.extra}.items() if value is not False}
 
 
 def job_resources(cluster: Cluster, job: Job) -> Resources:
@@ -65,6 +66,12 @@ def setup_lines(cluster: Cluster, run_root: Path, code: Path) -> list[str]:
 def work_command(python: str, run_root: Path, job: Job, submission: str) -> str:
     """What a job runs, as a shell takes it."""
     return shlex.join([python, "-u", "-m", "pipeline.stages.job", str(run_root), job.name, submission])
+
+
+def shell_command(python: str, cluster: Cluster, run_root: Path, code: Path, job: Job, submission: str) -> list[str]:
+    """A job's setup and work for a shell that becomes the work: what its sbatch script does, without Slurm."""
+    work = f"exec {work_command(python, run_root, job, submission)}"
+    return ["bash", "-c", "\n".join([*setup_lines(cluster, run_root, code), work])]
 
 
 def dependency(afterok: Sequence[str], after: Sequence[str]) -> str | None:

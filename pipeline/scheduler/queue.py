@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from pipeline import procs
 from pipeline.errors import UserError
+from pipeline.scheduler import slurm
 
 FIELDS = "%i|%T|%r|%N|%S|%M|%L"
 
@@ -58,6 +59,14 @@ def ask(job_ids: Sequence[str]) -> dict[str, Queued]:
     if "Invalid job id" in text:  # it has forgotten every one of them: they are over
         return {}
     return {job_id: Queued(job_id) for job_id in job_ids}
+
+
+def runs(job_id: str, restart: int) -> bool:
+    """Whether a job runs in the start that `restart` counts: not once that is over, nor while it waits again."""
+    if job_id not in ask([job_id]):
+        return False
+    fields = slurm.show(job_id)
+    return fields.get("JobState") != "PENDING" and int(fields.get("Restarts", restart)) == restart
 
 
 def parse(line: str) -> Queued:

@@ -5,9 +5,11 @@ submitit's own command loads a pickle that bears the job's id; a script with it 
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import sys
+import time
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,21 +24,41 @@ if TYPE_CHECKING:
     import submitit
 
 
+log = logging.getLogger("pipeline")
+
+RETRY_S = (5.0, 10.0, 20.0, 40.0)
+"""Seconds before sbatch is called again after a refusal that may pass."""
+_PASSING = re.compile(
+    r"Max\w*Submit\w*|job submit limit|Unable to contact slurm controller|temporarily un(able|available)"
+)
+"""sbatch's words for a full queue, or a controller that is away. Not a time-out: the job may have been accepted."""
+
+
+def check_path(root: Path) -> None:
+    """Refuse a run directory whose path an sbatch script cannot carry."""
+    text = str(root)
+    if "%" in text or "\\" in text:
+        raise UserError(f"--run-dir {text!r}: Slurm gives % and \\ a meaning in paths; choose a path without them")
+    if not text.isprintable():
+        raise UserError(f"--run-dir {text!r}: a line break or control character cannot stand in an sbatch script")
+
+
 def job_folder(run: RunDir, submission: str, job: Job) -> Path:
     """Where a job's script and logs are."""
     return run.root / JOBS / f"{submission}-{job.name}"
 
 
-def render(run: RunDir, submission: str, cluster: Cluster, job: Job, code: Path) -> str:
+def render(run: RunDir, submission: str, cluster: Cluster, job: Job, code: Path, python: str = sys.executable) -> str:
     """The whole sbatch script of a job. Writes nothing."""
     executor = _executor(job_folder(run, submission, job), cluster, job, run, code)
-    command = work_command(sys.executable, run.root, job, submission)
+    command = work_command(python, run.root, job, submission)
     text: str = executor._make_submission_file_text(command, "")
     return text
 
 
 def submit(run: RunDir, submission: str, cluster: Cluster, job: Job, code: Path, depends: str | None) -> str:
-    """Submit a job; returns its id. UserError with sbatch's own words when it refuses.
+    """Submit a job; returns its id. UserError with sbatch's own words when it refuses, again and again where that
+    may help.
 
     The dependency is given on sbatch's command line, not in the script: jobs that are over cannot be depended on when
     the script is submitted again.
@@ -50,15 +72,24 @@ def submit(run: RunDir, submission: str, cluster: Cluster, job: Job, code: Path,
     executor = _executor(folder, cluster, job, run, code)
     executor.depends = depends
     folder.mkdir(parents=True, exist_ok=True)
+    command = work_command(sys.executable, run.root, job, submission)
     try:
-        submitted = executor._submit_command(work_command(sys.executable, run.root, job, submission))
-    except Exception as error:  # submitit wraps what sbatch wrote in errors of several types
-        if "sbatch" not in f"{error}{error.__cause__}":
-            raise
-        raise UserError(f"job {job.name}: {_sbatch_words(error)} (cluster profile {cluster.name})") from error
-    for link in folder.glob(".submission_file_*"):  # submitit leaves a link beside the script that bears the job's id
-        link.unlink()
-    return str(submitted.job_id)
+        for wait_s in (*RETRY_S, None):
+            try:
+                return str(executor._submit_command(command).job_id)
+            except Exception as error:  # submitit wraps what sbatch wrote in errors of several types
+                if "sbatch" not in f"{error}{error.__cause__}":
+                    raise
+                words = _sbatch_words(error)
+                if wait_s is None or not _PASSING.search(words):
+                    raise UserError(f"job {job.name}: {words} (cluster profile {cluster.name})") from error
+                log.info("%s: %s; tried again in %.0f s", job.name, words, wait_s)
+                time.sleep(wait_s)
+    finally:
+        # submitit leaves the script under this name too, beside the one that bears the job's id.
+        for link in folder.glob(".submission_file_*"):
+            link.unlink()
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _sbatch_words(error: BaseException) -> str:

@@ -27,6 +27,17 @@ def job_id() -> str | None:
     return os.environ.get("SLURM_JOB_ID") if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" else None
 
 
+def preempted(job: str) -> bool:
+    """Whether Slurm has decided to preempt the job, which may run on for its grace time."""
+    fields = show(job)
+    return fields.get("JobState") == "PREEMPTED" or fields.get("PreemptTime", "None") not in ("None", "(null)")
+
+
+def is_batch(job: str) -> bool:
+    """Whether the job is a batch script: only those can be requeued, and end with scancel without taking a shell."""
+    return show(job).get("BatchFlag") == "1"
+
+
 @functools.lru_cache(256)  # asked for jobs that are over: the answer stays
 def describe_end(job: str, since: float = 0.0) -> str | None:
     """How a job that is over ended, in words; None where Slurm has forgotten it, or says nothing that helps.
@@ -48,18 +59,23 @@ def show(job: str) -> dict[str, str]:
     return {name: value for name, equals, value in fields if equals} if status == 0 else {}
 
 
-def interrupted() -> bool:
+def on_a_node(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process runs on a node of a Slurm allocation; a shell of salloc may be on the login node still."""
+    return "SLURM_JOB_ID" in environ and "SLURMD_NODENAME" in environ
+
+
+def interrupted(job: str | None = None) -> bool:
     """Whether the TERM that this job got is no end but an interruption: it is preempted, or queued again already."""
-    job = job_id()
+    job = job or job_id()
     if job is None:
         return False
     fields = show(job)
     return _queued_again(fields) or fields.get("JobState") in ("RUNNING", "PREEMPTED")
 
 
-def requeue() -> None:
+def requeue(job: str | None = None) -> None:
     """Put this process's own job back into the queue, unless it is there; Slurm ends what is left of it."""
-    job = job_id()
+    job = job or job_id()
     assert job is not None
     if _queued_again(show(job)):
         return

@@ -71,5 +71,6 @@ def resolve(run: RunDir, submission: Submission, stage: str) -> State:
 
 def _cause(submission: Submission, job: Job) -> str:
     """Why a job ended without a word of its own."""
-    said = slurm.describe_end(job.job_id, submission.time) if submission.executor == "slurm" and job.job_id else None
+    slurm_id = job.job_id if submission.executor == "slurm" else submission.allocation
+    said = slurm.describe_end(slurm_id, submission.time) if slurm_id else None
     return said or "it was killed or lost its node"

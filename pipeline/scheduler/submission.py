@@ -17,11 +17,12 @@ from pipeline.scheduler.queue import Queued
 
 JOBS = "jobs"
 """The folder in the run directory with one folder a job: its script and logs."""
-SUBMITTING_S = 20.0
-"""Seconds after a submission in which a job without an id may just not have one yet."""
+SUBMITTING_S = 180.0
+"""A job without an id so long after its submission was never submitted; a refused sbatch is tried again meanwhile."""
 SLURM_S = 10.0
 """Seconds between questions to Slurm's controller, which a whole cluster asks."""
 _asked: dict[tuple[str, ...], tuple[float, dict[str, Queued]]] = {}
+_runs: dict[tuple[str, int], tuple[float, bool]] = {}
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class Submission:
     service: bool = False
     """Whether a server runs on its own in it, outside a training's job. Such a submission has a record of its own,
     so that trainings can be submitted while the server goes on."""
+
+    allocation: str | None = None
+    """Id of the Slurm job that the jobs are processes in; its node is not this one, as a rule."""
+    restart: int = 0
+    """How often that Slurm job had been requeued: a later start of it has none of these processes."""
 
     def job_of(self, stage: str) -> Job | None:
         """The job that runs `stage`, or None."""
@@ -103,19 +109,18 @@ def busy(run: RunDir) -> Submission | None:
 
 def job_alive(submission: Submission, job: Job) -> bool:
     """Whether the job is waiting or running."""
-    if submission.executor == "local":
-        return job.process is not None and job.process.alive()
-    return job.job_id is not None and job.job_id in _slurm_jobs(submission)
+    if submission.executor == "slurm":
+        return job.job_id is not None and job.job_id in _slurm_jobs(submission)
+    if job.process is None or not job.process.alive():
+        return False
+    return job.process.here or submission.allocation is None or _allocation_runs(submission)
 
 
 def live_jobs(submission: Submission | None) -> list[Job]:
     """The submission's jobs that are waiting or running."""
     if submission is None:
         return []
-    if submission.executor == "local":
-        return [job for job in submission.jobs if job_alive(submission, job)]
-    known = _slurm_jobs(submission)
-    return [job for job in submission.jobs if job.job_id in known]
+    return [job for job in submission.jobs if job_alive(submission, job)]
 
 
 def queued(submission: Submission, job: Job) -> Queued | None:
@@ -153,6 +158,15 @@ def _slurm_jobs(submission: Submission) -> dict[str, Queued]:
     known = _asked.get(ids)
     if known is None or time.monotonic() - known[0] > SLURM_S:
         known = _asked[ids] = (time.monotonic(), queue.ask(ids))
+    return known[1]
+
+
+def _allocation_runs(submission: Submission) -> bool:
+    """Whether the submission's allocation runs still, in the very start that its processes belong to."""
+    start = (submission.allocation or "", submission.restart)
+    known = _runs.get(start)
+    if known is None or time.monotonic() - known[0] > SLURM_S:
+        known = _runs[start] = (time.monotonic(), queue.runs(*start))
     return known[1]
 
 

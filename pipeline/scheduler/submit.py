@@ -7,12 +7,14 @@ import os
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pipeline.config import load
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.run import atomic, endpoint, events, provenance
 from pipeline.run.directory import RunDir
+from pipeline.scheduler import slurm
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.state import set_state
 from pipeline.scheduler.submission import Job, Submission
@@ -38,27 +40,56 @@ def group_jobs(config: Config, plan: Sequence[Planned]) -> tuple[Job, ...]:
         members = ("serve", "train") if served and not separate else (stage,)
         beside = ("serve",) if served and separate else ()
         wanted = {need for member in members for need in _parents(config, member)} & set(stages)
+        if config.cluster.executor == "allocation":
+            wanted |= _same_devices(stage, stages)
         waits_for = tuple(name for name in STAGES if name in wanted - set(members) - {"serve"})
         jobs.append(Job(members, waits_for, beside))
     return tuple(jobs)
 
 
-def submit(run: RunDir, config: Config, plan: Sequence[Planned], forced: Sequence[str]) -> Submission:
-    """Write the configuration and the submission, and hand its jobs to the executor.
+def divide(config: Config, plan: Sequence[Planned]) -> tuple[list[Planned], list[Planned]]:
+    """(here, rest): of the stages to run, those that run where the submitter does, before the rest is submitted.
+
+    UserError when this is a node of some job: that is what they were not meant for.
+    """
+    stages = config.cluster.on_login_node
+    here = [planned for planned in plan if planned.action != "skip" and planned.stage in stages]
+    if here and slurm.on_a_node():
+        names = ",".join(planned.stage for planned in here)
+        raise UserError(
+            f"cluster.on_login_node: {names} cannot run on {os.environ['SLURMD_NODENAME']}, a node of job "
+            f"{os.environ['SLURM_JOB_ID']}; run --stage {names} on a login node first"
+        )
+    return here, [planned for planned in plan if planned not in here]
+
+
+def _same_devices(stage: str, stages: Sequence[str]) -> set[str]:
+    """The trainings before `stage`: in one allocation they would have the same GPUs at the same time."""
+    trainings = [name for name in ("sft", "reward-model", "train", "evaluate") if name in stages]
+    return set(trainings[: trainings.index(stage)]) if stage in trainings else set()
+
+
+def submit(
+    run: RunDir, config: Config, plan: Sequence[Planned], forced: Sequence[str], executor_name: str | None = None
+) -> Submission:
+    """Write the configuration and the submission, and hand its jobs to the executor: the profile's, or another one.
 
     The caller holds the run's lock and has made sure that no job of an earlier submission lives.
     """
-    from pipeline.scheduler import executor
+    from pipeline.scheduler import allocation, executor
 
     jobs = group_jobs(config, plan)
     submission = Submission(
         id=f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}",
-        executor=config.cluster.executor,
+        executor=executor_name or config.cluster.executor,
         jobs=jobs,
         forced=tuple(forced),
         time=time.time(),
         service=[job.stages for job in jobs if "serve" in job.stages or "train" in job.stages] == [("serve",)],
     )
+    if submission.executor == "allocation":
+        here = allocation.surrounding()
+        submission = replace(submission, allocation=here.job, restart=here.restart)
     save_config(run, config)
     provenance.write(run)
     run.stop_flag.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """What runs inside a job: wait for what it needs, then run its stages one after another.
 
-submitit calls `run_job` with strings only; everything else is in the run directory.
+submitit calls `run_job` with strings only, and other jobs run `main`; everything else is in the run directory.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pipeline.scheduler import slurm
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.state import recorded_state, resolve, set_state
 from pipeline.scheduler.submission import Job, Submission
+from pipeline.stages import followers
 from pipeline.stages.base import Context
 from pipeline.stages.devices import visible_devices
 from pipeline.stages.execute import STOPPED, StageFailed, StageStopped, run_stage
@@ -76,7 +77,8 @@ def run_job(run_dir: str, stages: str, submission_id: str) -> str:
             return "cancelled"
         # An earlier attempt's processes cannot outlive it, but a killed one may be a moment in dying.
         procs.end_marked(run.root, (procs.STAGE_MARK, stages), grace_s=0.0)
-        _run_stages(run, submission, names)
+        with followers.started(run, read_config(run.root).cluster, submission, job, nodes):
+            _run_stages(run, submission, names)
     except Terminated:
         if slurm.interrupted():  # by TERM, without a warning before
             _requeue(run, submission_id, names)

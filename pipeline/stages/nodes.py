@@ -17,6 +17,10 @@ from typing import Any
 from pipeline.run import atomic
 from pipeline.run.directory import RunDir
 
+MEETING = "HH_PIPELINE_MEETING"
+"""Environment variable with the name of a job's meeting, where the job is a process inside an allocation."""
+FOLLOWS = "HH_PIPELINE_FOLLOWS"
+"""Environment variable that is set in the tasks which such a job starts on the allocation's further nodes."""
 BEAT_S = 5.0
 LOST_S = 120.0
 """A task that has shown no life for so long is gone; shared file systems show new files late."""
@@ -56,7 +60,10 @@ class Rendezvous:
 
 
 def of_job(environ: Mapping[str, str] = os.environ) -> Nodes:
-    """The nodes of the Slurm job that this task belongs to; one outside of a job."""
+    """The nodes of the Slurm job, or of the allocation, that this task belongs to; one outside of them."""
+    if MEETING in environ:
+        rank = int(environ["SLURM_PROCID"]) + 1 if FOLLOWS in environ else 0
+        return Nodes(int(environ.get("SLURM_JOB_NUM_NODES", "1")), rank)
     if environ.get("SUBMITIT_EXECUTOR") != "slurm":
         return ONE_NODE
     return Nodes(int(environ.get("SLURM_NNODES", "1")), int(environ.get("SLURM_PROCID", "0")))
@@ -67,7 +74,7 @@ class Meeting:
 
     def __init__(self, run: RunDir, environ: Mapping[str, str] = os.environ) -> None:
         job, restart = environ.get("SLURM_JOB_ID", "local"), environ.get("SLURM_RESTART_COUNT", "0")
-        self._folder = run.root / "jobs" / f"meeting-{job}-{restart}"
+        self._folder = run.root / "jobs" / f"meeting-{environ.get(MEETING) or f'{job}-{restart}'}"
         self._beaten = 0.0
 
     def call(self, rendezvous: Rendezvous) -> None:

@@ -29,7 +29,7 @@ def surroundings(cluster: Cluster, offline: bool, environ: Mapping[str, str]) ->
             added["WANDB_MODE"] = "offline"
     elif cluster.proxy:
         added |= proxy_variables(cluster.proxy, environ)
-    if "SLURM_JOB_ID" in environ or cluster.scratch:
+    if "SLURM_JOB_ID" in environ or cluster.executor == "allocation" or cluster.scratch:
         folder = node_folder(environ)
         added |= {name: str(folder / place) for name, place in _COMPILED.items() if not environ.get(name)}
     return added
