@@ -68,9 +68,10 @@ def _follow_lines(run: RunDir, submission: Submission) -> list[StageView]:
     while True:
         views = _stages(run, submission)
         for view in views:
-            if view.state in ("pending", "waiting"):
+            waits = view.state in ("pending", "waiting")
+            if waits and not view.detail:  # else it was interrupted, or tries again
                 continue
-            key = (view.state, view.detail if view.stage == "serve" else "")
+            key = (view.state, view.detail if view.stage == "serve" or waits else "")
             now = time.monotonic()
             changed = states.get(view.stage) != key
             if changed or (view.state == "running" and view.total and now - printed[view.stage] > _LINE_EVERY_S):
