@@ -220,6 +220,7 @@ def in_job(run: RunDir, monkeypatch, state: str = "RUNNING", reason: str = "None
         monkeypatch,
         folder,
         scontrol=f'case "$1" in --oneliner) {shown};; update) {update or ":"};; esac',
+        scancel="",
         sinfo="echo 'n1 512000 infinite'; echo 'n2 512000 infinite'",
     )
 
@@ -259,12 +260,13 @@ def test_a_job_out_of_time_tries_again_while_slurm_ends_it(run, monkeypatch) -> 
 
 
 def test_a_retry_that_slurm_refuses_is_a_failure_with_its_words(run, monkeypatch) -> None:
-    in_job(run, monkeypatch, update="echo 'Access/permission denied for job 7'; exit 1")
+    calls = in_job(run, monkeypatch, update="echo 'Access/permission denied for job 7'; exit 1")
     retry.failed(run, "s1", ("sft",), MEMORY, "killed by signal 9")
     recorded = recorded_state(run, "sft")
     assert recorded is not None
     assert recorded.state == "failed"
     assert "Access/permission denied" in recorded.reason
+    assert calls.read_text().splitlines()[-1] == "scancel 7"  # it would fail again
 
 
 def test_a_stage_that_said_how_it_failed_is_left_alone_by_the_script(run, monkeypatch) -> None:

@@ -88,17 +88,25 @@ def requeue(changes: Mapping[str, str] | None = None) -> None:
     """Put this process's own job back into the queue, unless it is there; Slurm ends what is left of it.
 
     `changes` are what it asks for from now on. A user may change a job that waits, not one that runs; a requeued job
-    waits for some seconds before it may start (cred_expire), so the change is in time.
+    waits for some seconds before it may start (cred_expire), so the change is in time. A job that may not have what it
+    needs is cancelled.
     """
     job = job_id()
     assert job is not None
-    orders = [] if queued_again(show(job)) else [["scontrol", "requeue", job]]
+    if not queued_again(show(job)):
+        _order(["scontrol", "requeue", job])
     if changes:
-        orders.append(["scontrol", "update", f"JobId={job}", *(f"{name}={value}" for name, value in changes.items())])
-    for order in orders:
-        status, text = procs.capture(order)
-        if status != 0:
-            raise UserError(f"{' '.join(order)}: {' '.join(text.split())}; submit again to go on")
+        try:
+            _order(["scontrol", "update", f"JobId={job}", *(f"{name}={value}" for name, value in changes.items())])
+        except UserError:
+            cancel([job])
+            raise
+
+
+def _order(argv: Sequence[str]) -> None:
+    status, text = procs.capture(argv)
+    if status != 0:
+        raise UserError(f"{' '.join(argv)}: {' '.join(text.split())}; submit again to go on")
 
 
 def nodes(partition: str) -> dict[str, tuple[int, str]]:

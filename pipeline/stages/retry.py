@@ -65,7 +65,8 @@ def _try_again(run: RunDir, cluster: Cluster, submission: str, names: tuple[str,
     assert job is not None
     if retries.claimed(folder, job, _restart()):
         return None
-    fields, done, cpus = slurm.show(job), retries.records(folder), cluster.resources(stage).cpus
+    fields, done = slurm.show(job), retries.records(folder)
+    cpus = max(cluster.resources(name).cpus for name in names)
     if slurm.queued_again(fields):  # Slurm did it: what failed was hit by that
         for name in names:
             set_state(run, name, submission, "pending", "interrupted by Slurm; it waits in the queue again")
@@ -77,6 +78,7 @@ def _try_again(run: RunDir, cluster: Cluster, submission: str, names: tuple[str,
     retry = retries.decide(cluster, fault, asked, _room(fields), len(done))
     if isinstance(retry, str):
         return f"no retry: {retry}{_forgive(run, done, fault)}"
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from here to the end; the requeue itself brings one
     if not retries.claim(folder, job, _restart(), fault, retry):
         return None  # the job's other process was first
     if retry.without:
@@ -87,7 +89,6 @@ def _try_again(run: RunDir, cluster: Cluster, submission: str, names: tuple[str,
         set_state(run, name, submission, "pending", str(retry))
     events.record(run, "retry", job="+".join(names), job_id=job, kind=fault.kind, reason=str(retry))
     print(f"pipeline: {retry}", file=sys.stderr, flush=True)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm's, for the requeue: what the job asks for is still to be said
     try:
         slurm.requeue(retries.changes(cluster, retry, cpus, fields.get("ExcNodeList", "")))
     except UserError as error:
