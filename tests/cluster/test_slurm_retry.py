@@ -170,8 +170,8 @@ def test_a_time_limit_shorter_than_the_training_makes_several_segments(
 ) -> None:
     run = until_training(finished, tmp_path / "run")
     path = tmp_path / "profile.yaml"
-    train = {"time_min": 1, "cpus": 16, "mem_gb": 64, "gpus": 8}
-    path.write_text(yaml.safe_dump({**PROFILE, "grace_s": 20, "stages": {"train": train}}))
+    short = {"time_min": 1, "cpus": 16, "mem_gb": 64, "gpus": 8}
+    path.write_text(yaml.safe_dump({**PROFILE, "grace_s": 20, "stages": {"serve": short, "train": short}}))
     follower = start(run, "--stage", "serve,train,evaluate", "--cluster", path, overrides=CHAIN_SETTINGS)
     stop, second = run / "control" / "STOP", run / "stages" / "train" / "attempts" / "0002"
     wait_for(lambda: list(run.glob("checkpoints/*/step-00000004")) or stop.exists(), "the training to get going")
