@@ -70,9 +70,10 @@ def _follow_lines(run: RunDir, submission: Submission, leave: Callable[[], bool]
     while True:
         views = _stages(run, submission)
         for view in views:
-            if view.state in ("pending", "waiting") and not view.stuck:
+            waits = view.state in ("pending", "waiting")
+            if waits and not view.detail and not view.stuck:  # else it was interrupted, tries again, or waits in vain
                 continue
-            key = (view.state, view.queue if view.stuck else view.detail if view.stage == "serve" else "")
+            key = (view.state, view.queue if view.stuck else view.detail if view.stage == "serve" or waits else "")
             now = time.monotonic()
             changed = states.get(view.stage) != key
             if changed or (view.state == "running" and view.total and now - printed[view.stage] > _LINE_EVERY_S):

@@ -133,11 +133,12 @@ def resolve_config(run: RunDir, preset: str | None, overrides: Sequence[str], cl
 def plan(run: RunDir, config: Config, selected: Sequence[str], force: bool) -> list[Planned]:
     """Plan the selected stages against what the run directory holds."""
     from pipeline.run.hashing import HashCache
+    from pipeline.scheduler import needs
     from pipeline.stages.base import Context
     from pipeline.stages.plan import make_plan
 
     context = Context(run, config, HashCache(run.root / "cache" / "hashes.json"))
-    return make_plan(context, selected, force, os.environ)
+    return needs.apply(run, config.cluster, make_plan(context, selected, force, os.environ))
 
 
 def _default_name(preset: str | None) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pytest import MonkeyPatch
+
 from pipeline import procs
 from pipeline.run.directory import RunDir
 
@@ -133,3 +135,13 @@ def policy_sha256(run: Path) -> str:
     outputs = RunDir(run).outputs("train")
     assert outputs is not None
     return outputs.artifacts["policy"].sha256
+
+
+def fake_slurm(monkeypatch: MonkeyPatch, folder: Path, **commands: str) -> Path:
+    """Put shell scripts in front on PATH; each also notes how it was called."""
+    for name, body in commands.items():
+        script = folder / name
+        script.write_text(f'#!/bin/sh\necho "{name} $*" >> {folder}/calls\n{body}\n')
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder / "calls"

@@ -103,7 +103,9 @@ def test_a_job_that_would_wait_for_ever_is_shown_with_what_to_do(state: str, rea
 
 def slurm_run(run: RunDir, *ids: str | None) -> Submission:  # noqa: F811
     jobs = [Job((stage,), job_id=job) for stage, job in zip(("sft", "convert", "evaluate"), ids, strict=False)]
-    submission = Submission("20260101-000000-abcd", "slurm", tuple(jobs), time=time.time() - submissions.SUBMITTING_S - 1)
+    submission = Submission(
+        "20260101-000000-abcd", "slurm", tuple(jobs), time=time.time() - submissions.SUBMITTING_S - 1
+    )
     submissions.write(run, submission)
     return submission
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers_jobs import fake_slurm
 
 from pipeline import cancel, logs, procs
 from pipeline.errors import UserError
@@ -27,16 +28,6 @@ def run(tmp_path: Path) -> RunDir:
 def _no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submissions, "_asked", {})
     monkeypatch.setattr(submissions, "_runs", {})
-
-
-def fake_slurm(monkeypatch: pytest.MonkeyPatch, folder: Path, **commands: str) -> Path:
-    """Put shell scripts in front on PATH; each also notes how it was called."""
-    for name, body in commands.items():
-        script = folder / name
-        script.write_text(f'#!/bin/sh\necho "{name} $*" >> {folder}/calls\n{body}\n')
-        script.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    return folder / "calls"
 
 
 def local(process: procs.ProcessId) -> Submission:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.section import Section, Text
 from pipeline.errors import nearest
@@ -85,7 +85,7 @@ class Cluster(Section):
     on_login_node: tuple[Literal["prefetch", "sandbox"], ...] = ()
     """Stages that submit runs where it runs itself, before it submits the others: they need the internet."""
     retries: int = Field(0, ge=0, le=10)
-    """How often a stage is submitted again that Slurm ended: out of memory or time, or for a failed node."""
+    """How often a job tries again that ran out of memory or time, was killed, or met a broken node (needs requeue)."""
     retry_growth: float = Field(1.5, gt=1, le=4)
     """Such a retry asks for so many times the memory, or the time, that did not suffice."""
     max_time_min: int | None = Field(None, ge=1)
@@ -115,6 +115,12 @@ class Cluster(Section):
             if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
                 raise ValueError(f"cluster.environment: {name!r} is no variable's name; use letters, digits and _")
         return environment
+
+    @model_validator(mode="after")
+    def _retries_requeue(self) -> Cluster:
+        if self.retries and not self.requeue:
+            raise ValueError("cluster.retries: a job tries again by queueing itself again; set cluster.requeue: true")
+        return self
 
     def resources(self, stage: str) -> Resources:
         """What `stage` asks for."""

@@ -111,6 +111,25 @@ def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", mode)
 
 
+def create_json(path: Path, value: Any) -> bool:
+    """Write `value` unless the file exists; of several processes one succeeds. Returns whether this one did."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(value, file, indent=2, ensure_ascii=False)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(name, path)  # a rename would replace what is there
+        except FileExistsError:
+            return False
+        finally:
+            os.unlink(name)
+    sync_directory(path.parent)
+    return True
+
+
 def read_json(path: Path) -> Any | None:
     """Return the parsed file, or None when it does not exist. Files written by `write_json` are never partial."""
     try:

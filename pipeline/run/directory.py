@@ -2,11 +2,11 @@
 
 runs/<name>/
   config.yaml  provenance.json  events.jsonl
-  stages/<stage>/plan.json  state.json  outputs.json
+  stages/<stage>/plan.json  state.json  outputs.json  needs.json
   stages/<stage>/attempts/<n>/{stdout.log, job.json, exit.json, out/}
   services/triton.json  services/triton.env
   models/  model_store  report        links to the artifacts of the latest attempts
-  checkpoints/  metrics.jsonl (a link into them)  tracker/  control/
+  checkpoints/  metrics.jsonl (a link into them)  tracker/  control/ (bad-nodes/ in it)
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.config.cluster import Cluster, Resources
 from pipeline.scheduler.submission import Job
+from pipeline.stages.faults import LOG_MARK
 
 _PLACE = ("account", "partition", "qos", "reservation", "constraint")
 """Fields of a profile that are sbatch options of the same name."""
@@ -32,7 +33,9 @@ def slurm_options(cluster: Cluster, job: Job) -> dict[str, Any]:
 def job_resources(cluster: Cluster, job: Job) -> Resources:
     """The most of each resource that any stage of the job asks for."""
     each = [cluster.resources(stage) for stage in job.stages]
-    return Resources(**{name: max(getattr(one, name) for one in each) for name in Resources.model_fields})
+    asked = {name: max(getattr(one, name) for one in each) for name in Resources.model_fields}
+    grown = {"mem_gb": job.mem_gb, "time_min": job.time_min}
+    return Resources(**{name: max(value, grown.get(name, 0)) for name, value in asked.items()})
 
 
 def srun_args(cluster: Cluster, job: Job) -> list[str]:
@@ -57,10 +60,31 @@ def setup_lines(cluster: Cluster, run_root: Path, code: Path) -> list[str]:
         variables = {"NCCL_SOCKET_IFNAME": cluster.interface, "GLOO_SOCKET_IFNAME": cluster.interface} | variables
     lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     if cluster.scratch:  # in double quotes: the node knows what $SLURM_TMPDIR is
-        lines.append(f'export TMPDIR="{cluster.scratch}"; mkdir -p "$TMPDIR" || exit 1')
+        test = 'mkdir -p "$TMPDIR" && [ -w "$TMPDIR" ]'
+        unusable = 'echo "error: $TMPDIR: this scratch folder cannot be used" >&2; exit 1'
+        lines.append(f'export TMPDIR="{cluster.scratch}"; {test} || {{ {unusable}; }}')
     lines.append(f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}")
     lines.append(f"cd {shlex.quote(str(run_root))} || exit 1")
     return lines
+
+
+def retry_lines(cluster: Cluster, python: str, run_root: Path, code: Path, job: Job, submission: str) -> list[str]:
+    """Shell lines that come first: when the script ends badly, ask whether the job is to be tried again.
+
+    The script lives on when Slurm kills its task for want of memory, and ends as it would without this.
+    """
+    if not cluster.retries:
+        return []
+    command = shlex.join([python, "-m", "pipeline.stages.retry", str(run_root), job.name, submission])
+    variables = f"SUBMITIT_EXECUTOR=slurm PYTHONPATH={shlex.quote(str(code))}"
+    return [
+        "try_again() {",
+        "    status=$?",
+        f'    [ "$status" -eq 0 ] || {variables} {command} "$status"',
+        "}",
+        "trap try_again EXIT",
+        f'echo "{LOG_MARK}${{SLURM_RESTART_COUNT:-0}}" >&2',
+    ]
 
 
 def work_command(python: str, run_root: Path, job: Job, submission: str) -> str:

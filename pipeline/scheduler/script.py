@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.cluster import Cluster
 from pipeline.errors import UserError
+from pipeline.run import bad_nodes
 from pipeline.run.directory import RunDir
-from pipeline.scheduler.options import setup_lines, slurm_options, srun_args, work_command
+from pipeline.scheduler.options import retry_lines, setup_lines, slurm_options, srun_args, work_command
 from pipeline.scheduler.submission import JOBS, Job
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def job_folder(run: RunDir, submission: str, job: Job) -> Path:
 
 def render(run: RunDir, submission: str, cluster: Cluster, job: Job, code: Path, python: str = sys.executable) -> str:
     """The whole sbatch script of a job. Writes nothing."""
-    executor = _executor(job_folder(run, submission, job), cluster, job, run, code)
+    executor = _executor(run, submission, cluster, job, code, python)
     command = work_command(python, run.root, job, submission)
     text: str = executor._make_submission_file_text(command, "")
     return text
@@ -69,7 +70,7 @@ def submit(run: RunDir, submission: str, cluster: Cluster, job: Job, code: Path,
             "submit on a login node, or use --cluster local"
         )
     folder = job_folder(run, submission, job)
-    executor = _executor(folder, cluster, job, run, code)
+    executor = _executor(run, submission, cluster, job, code, sys.executable)
     executor.depends = depends
     folder.mkdir(parents=True, exist_ok=True)
     command = work_command(sys.executable, run.root, job, submission)
@@ -98,15 +99,19 @@ def _sbatch_words(error: BaseException) -> str:
     return "; ".join(dict.fromkeys(lines)) or " ".join(str(error).split())
 
 
-def _executor(folder: Path, cluster: Cluster, job: Job, run: RunDir, code: Path) -> Any:
-    executor = _executor_class()(folder)
-    options = slurm_options(cluster, job)
+def _executor(run: RunDir, submission: str, cluster: Cluster, job: Job, code: Path, python: str) -> Any:
+    executor = _executor_class()(job_folder(run, submission, job))
+    bad = [node.node for node in bad_nodes.known(run) if node.node not in cluster.exclude]
+    options = slurm_options(cluster.model_copy(update={"exclude": (*cluster.exclude, *bad)}), job)
     name, minutes = options.pop("job-name"), options.pop("time")
     executor.update_parameters(
         job_name=name,
         time=minutes,
         additional_parameters=options,
-        setup=setup_lines(cluster, run.root, code),
+        setup=[
+            *retry_lines(cluster, python, run.root, code, job, submission),
+            *setup_lines(cluster, run.root, code),
+        ],
         srun_args=srun_args(cluster, job),
     )
     return executor

@@ -38,15 +38,19 @@ def is_batch(job: str) -> bool:
     return show(job).get("BatchFlag") == "1"
 
 
-@functools.lru_cache(256)  # asked for jobs that are over: the answer stays
 def describe_end(job: str, since: float = 0.0) -> str | None:
-    """How a job that is over ended, in words; None where Slurm has forgotten it, or says nothing that helps.
+    """How a job that is over ended, in words; None where Slurm has forgotten it, or says nothing that helps."""
+    return _SAID.get(end_state(job, since))
+
+
+@functools.lru_cache(256)  # asked for jobs that are over: the answer stays
+def end_state(job: str, since: float = 0.0) -> str:
+    """Slurm's word for the end of a job that is over; "" where it has forgotten it.
 
     The controller remembers a job for some minutes; afterwards only accounting does, which not every site has. Jobs
     older than a day it looks for only when told `since` when.
     """
-    state = show(job).get("JobState") or _accounted(job, since)
-    return _SAID.get(state)
+    return show(job).get("JobState") or _accounted(job, since)
 
 
 def show(job: str) -> dict[str, str]:
@@ -70,18 +74,60 @@ def interrupted(job: str | None = None) -> bool:
     if job is None:
         return False
     fields = show(job)
-    return _queued_again(fields) or fields.get("JobState") in ("RUNNING", "PREEMPTED")
+    return queued_again(fields) or fields.get("JobState") in ("RUNNING", "PREEMPTED")
 
 
-def requeue(job: str | None = None) -> None:
-    """Put this process's own job back into the queue, unless it is there; Slurm ends what is left of it."""
+def out_of_time() -> bool:
+    """Whether the TERM that this job got is the end of its time limit."""
+    job = job_id()
+    return job is not None and ends_for_time(show(job))
+
+
+def ends_for_time(fields: Mapping[str, str]) -> bool:
+    """Whether these are the fields of a job that is being ended, or was, by its time limit."""
+    return fields.get("Reason") == "TimeLimit" and fields.get("JobState") in ("COMPLETING", "TIMEOUT")
+
+
+def requeue(job: str | None = None, changes: Mapping[str, str] | None = None) -> None:
+    """Put this process's own job back into the queue, unless it is there; Slurm ends what is left of it.
+
+    `changes` are what it asks for from now on. A user may change a job that waits, not one that runs; a requeued job
+    waits for some seconds before it may start (cred_expire), so the change is in time. A job that may not have what it
+    needs is cancelled.
+    """
     job = job or job_id()
     assert job is not None
-    if _queued_again(show(job)):
-        return
-    status, text = procs.capture(["scontrol", "requeue", job])
+    if not queued_again(show(job)):
+        _order(["scontrol", "requeue", job])
+    if changes:
+        try:
+            _order(["scontrol", "update", f"JobId={job}", *(f"{name}={value}" for name, value in changes.items())])
+        except UserError:
+            cancel([job])
+            raise
+
+
+def _order(argv: Sequence[str]) -> None:
+    status, text = procs.capture(argv)
     if status != 0:
-        raise UserError(f"scontrol requeue {job}: {' '.join(text.split())}; submit again to go on")
+        raise UserError(f"{' '.join(argv)}: {' '.join(text.split())}; submit again to go on")
+
+
+def nodes(partition: str) -> dict[str, tuple[int, str]]:
+    """(memory in MB, longest time limit) of each node of a partition that could take a job now or later."""
+    states = "--states=idle,allocated,mixed,completing,reserved"
+    order = ["sinfo", "--noheader", "--Node", f"--partition={partition}", states, "--format=%N %m %l"]
+    status, text = procs.capture(order)
+    words = [line.split() for line in text.splitlines()] if status == 0 else []
+    return {name: (int(memory.rstrip("+")), limit) for name, memory, limit in words}
+
+
+def hostnames(expression: str) -> frozenset[str]:
+    """The nodes of a list as Slurm writes it, as in n[1-3]; none for its "(null)"."""
+    if expression in ("", "(null)"):
+        return frozenset()
+    status, text = procs.capture(["scontrol", "show", "hostnames", expression])
+    return frozenset(text.split()) if status == 0 else frozenset()
 
 
 def cancel(job_ids: Sequence[str]) -> None:
@@ -91,7 +137,7 @@ def cancel(job_ids: Sequence[str]) -> None:
         raise UserError(f"scancel {' '.join(job_ids)}: {' '.join(text.split())}; run it again")
 
 
-def _queued_again(fields: Mapping[str, str]) -> bool:
+def queued_again(fields: Mapping[str, str]) -> bool:
     """Whether Slurm has counted a restart that this process is not part of."""
     return int(fields.get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 

@@ -37,6 +37,10 @@ class Job:
     """None until the executor has answered: a crash in between leaves this as evidence."""
     process: procs.ProcessId | None = None
     """The job's controller, for local jobs."""
+    mem_gb: int = 0
+    """What earlier jobs of its stages turned out to need, where that is more than the profile says; 0: nothing."""
+    time_min: int = 0
+    """The same of the time limit."""
 
     @property
     def name(self) -> str:

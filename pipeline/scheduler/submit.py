@@ -14,7 +14,7 @@ from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.run import atomic, endpoint, events, provenance
 from pipeline.run.directory import RunDir
-from pipeline.scheduler import slurm
+from pipeline.scheduler import needs, slurm
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.state import set_state
 from pipeline.scheduler.submission import Job, Submission
@@ -30,7 +30,8 @@ def group_jobs(config: Config, plan: Sequence[Planned]) -> tuple[Job, ...]:
 
     A server in a job of its own never ends well before its training: the training's job waits for its start only.
     """
-    stages = [planned.stage for planned in plan if planned.action != "skip"]
+    planned = {each.stage: each for each in plan if each.action != "skip"}
+    stages = list(planned)
     separate = config.cluster.placement == "separate"
     jobs = []
     for stage in stages:
@@ -43,7 +44,8 @@ def group_jobs(config: Config, plan: Sequence[Planned]) -> tuple[Job, ...]:
         if config.cluster.executor == "allocation":
             wanted |= _same_devices(stage, stages)
         waits_for = tuple(name for name in STAGES if name in wanted - set(members) - {"serve"})
-        jobs.append(Job(members, waits_for, beside))
+        mem_gb, time_min = (max(getattr(planned[one], key) for one in members) for key in ("mem_gb", "time_min"))
+        jobs.append(Job(members, waits_for, beside, mem_gb=mem_gb, time_min=time_min))
     return tuple(jobs)
 
 
@@ -92,6 +94,9 @@ def submit(
         submission = replace(submission, allocation=here.job, restart=here.restart)
     save_config(run, config)
     provenance.write(run)
+    for each in plan:
+        if each.mem_gb or each.time_min:
+            needs.remember(run, each.stage, needs.Need(each.mem_gb, each.time_min, each.reason.rpartition(": ")[2]))
     run.stop_flag.unlink(missing_ok=True)
     if not submissions.service_alive(run):
         endpoint.withdraw(run)  # of a job that was killed

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline import network, procs
+from pipeline import network, oom, procs
 from pipeline.containers.trainer import in_image
 from pipeline.errors import UserError
 from pipeline.run import atomic, hashing, work
 from pipeline.run.directory import Artifact, Outputs, RunDir
 from pipeline.scheduler.state import set_state
+from pipeline.stages import faults
 from pipeline.stages.base import Context, Stage, Work
 from pipeline.stages.nodes import ONE_NODE, Meeting, Nodes, Rendezvous
 from pipeline.stages.plan import basis
@@ -38,9 +39,11 @@ _LINKS = {"model_store": "model_store", "policy": "models/policy", "report": "re
 class StageFailed(Exception):
     """A stage's work did not end well; the message says why in one line."""
 
-    def __init__(self, reason: str, attempt: int) -> None:
+    def __init__(self, reason: str, attempt: int, fault: faults.Fault | None = None) -> None:
         super().__init__(reason)
         self.attempt = attempt
+        self.fault = fault
+        """What a retry may cure; None for a failure of the work's own."""
 
 
 class StageStopped(Exception):
@@ -88,7 +91,7 @@ def run_stage(
     argv, env = started_as(stage, job, environment)
     atomic.write_json(folder / "job.json", {"argv": argv, "process": asdict(procs.this_process()), **_job_ids()})
     set_state(run, stage_name, submission, "running", reason, number)
-    started = time.time()
+    started, kills = time.time(), oom.kills()
     with _meeting(job, stage_name, number, environment[FINGERPRINT], tick) as watch:
         status = run_child(run.root, argv, env, log_path, watch)
     seconds = round(time.time() - started, 3)
@@ -96,7 +99,8 @@ def run_stage(
     if status == STOPPED:
         raise StageStopped("it saved its state and stopped as asked; submit again to go on", number)
     if status != 0:
-        raise StageFailed(failure_reason(status, log_path), number)
+        told = failure_reason(status, log_path)
+        raise StageFailed(told, number, faults.of_work(status, told, "\n".join(log_tail(log_path)), kills))
     outputs = _record(run, stage, known, fingerprint, number, seconds)
     set_state(run, stage_name, submission, "done", stage.headline(outputs.values), number)
     _prune(run, stage_name, number)
@@ -110,16 +114,23 @@ def failure_reason(status: int, log_path: Path) -> str:
     how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
     if not log_path.exists():
         return how
-    with log_path.open("rb") as file:
-        file.seek(max(0, log_path.stat().st_size - 65536))
-        lines = file.read().decode("utf-8", "replace").splitlines()
-    lines = [re.sub(r"^\[rank\d+\]:\s*", "", line) for line in lines]
+    lines = log_tail(log_path)
     for line in reversed(lines):
         if line.startswith("error: "):
             return line.removeprefix("error: ")
     exceptions = [line for line in lines if re.match(r"^[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b", line)]
     # The launcher raises after its workers: the first exception is the cause.
     return f"{exceptions[0]} ({how}; log: {log_path})" if exceptions else f"{how}; log: {log_path}"
+
+
+def log_tail(path: Path, size: int = 65536) -> list[str]:
+    """The last lines of a log, without the ranks' marks; none where there is no log."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - size))
+        lines = file.read().decode("utf-8", "replace").splitlines()
+    return [re.sub(r"^\[rank\d+\]:\s*", "", line) for line in lines]
 
 
 @contextlib.contextmanager
@@ -138,7 +149,7 @@ def _meeting(job: Work, stage: str, attempt: int, fingerprint: str, tick: procs.
         meeting.beat(0)
         fault = meeting.fault(count, since)
         if fault is not None:
-            raise StageFailed(fault, attempt)
+            raise StageFailed(str(fault), attempt, fault.cause)
 
     try:
         yield watch

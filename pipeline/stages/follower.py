@@ -6,17 +6,19 @@ import contextlib
 import logging
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 
-from pipeline import procs
+from pipeline import oom, procs
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.run.endpoint import WAIT_VARIABLE
 from pipeline.run.sources import check_sources
+from pipeline.stages import faults
 from pipeline.stages.base import Work
 from pipeline.stages.devices import visible_devices
-from pipeline.stages.execute import FINGERPRINT, STOPPED, failure_reason, run_child, started_as
+from pipeline.stages.execute import FINGERPRINT, STOPPED, StageFailed, failure_reason, log_tail, run_child, started_as
 from pipeline.stages.nodes import Meeting, Nodes, Rendezvous
 from pipeline.stages.registry import REGISTRY
 from pipeline.stages.service import share_devices, supervised
@@ -34,6 +36,7 @@ def follow_leader(run: RunDir, config: Config, names: tuple[str, ...], nodes: No
             return
         meeting.beat(nodes.rank)
         time.sleep(0.2)
+    kills = oom.kills()
     try:
         with contextlib.ExitStack() as stack:
             train_devices, server_devices = share_devices(config, names, visible_devices())
@@ -55,8 +58,9 @@ def follow_leader(run: RunDir, config: Config, names: tuple[str, ...], nodes: No
                 time.sleep(0.2)
     except _LeaderGone:
         return
-    except UserError as error:
-        meeting.beat(nodes.rank, reason=str(error))
+    except (UserError, StageFailed) as error:
+        fault = error.fault if isinstance(error, StageFailed) else faults.of_work(None, str(error), "", kills)
+        meeting.beat(nodes.rank, reason=str(error), fault=asdict(fault) if fault else None)
         raise
 
 
@@ -91,7 +95,10 @@ def _train(
     stage = REGISTRY[rendezvous.stage]
     more = {FINGERPRINT: rendezvous.fingerprint, WAIT_VARIABLE: str(config.serving.start_timeout_s)}
     log_path = Path(folder / f"stdout-{nodes.rank}.log")
+    kills = oom.kills()
     status = run_child(run.root, *started_as(stage, work, more), log_path, tick)
     if status not in (0, STOPPED):
-        raise UserError(failure_reason(status, log_path))
+        told = failure_reason(status, log_path)
+        fault = faults.of_work(status, told, "\n".join(log_tail(log_path)), kills)
+        raise StageFailed(told, rendezvous.attempt, fault)
     meeting.beat(nodes.rank, status=status)

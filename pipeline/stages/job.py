@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from pipeline import procs
+from pipeline import oom, procs
+from pipeline.config.cluster import Cluster
 from pipeline.config.load import read_config
 from pipeline.errors import UserError
 from pipeline.run import atomic, hashing
@@ -24,7 +25,7 @@ from pipeline.scheduler import slurm
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.state import recorded_state, resolve, set_state
 from pipeline.scheduler.submission import Job, Submission
-from pipeline.stages import followers
+from pipeline.stages import faults, followers, retry
 from pipeline.stages.base import Context
 from pipeline.stages.devices import visible_devices
 from pipeline.stages.execute import STOPPED, StageFailed, StageStopped, run_stage
@@ -64,11 +65,14 @@ def run_job(run_dir: str, stages: str, submission_id: str) -> str:
         follow_leader(run, read_config(run.root), names, nodes)
         return "done"
     if slurm.job_id() is not None:
+        started = time.time()
+        signal.signal(signal.SIGTERM, lambda signum, frame: _end(run, submission_id, names, started))
         _forget_request(run)
         # In place of submitit's handler, which asks Slurm to end the job before the training has saved.
         signal.signal(signal.SIGUSR2, lambda signum, frame: _ask_to_save(run, names))
     os.environ[procs.RUN_MARK] = str(run.root)
     os.environ[procs.STAGE_MARK] = stages
+    kills = oom.kills()
     try:
         submission = _adopt(run, _wait_for_record(run, submission_id), names)
         job = submission.job_of(names[0])
@@ -80,13 +84,7 @@ def run_job(run_dir: str, stages: str, submission_id: str) -> str:
         with followers.started(run, read_config(run.root).cluster, submission, job, nodes):
             _run_stages(run, submission, names)
     except Terminated:
-        if slurm.interrupted():  # by TERM, without a warning before
-            _requeue(run, submission_id, names)
-            raise
-        for name in names:
-            recorded = recorded_state(run, name)
-            if recorded is None or recorded.submission != submission_id or not recorded.ended:
-                set_state(run, name, submission_id, "cancelled", "the job was asked to end")
+        _record_end(run, submission_id, names)
         raise
     except StageStopped as stopped:
         if _requested(run):
@@ -95,11 +93,11 @@ def run_job(run_dir: str, stages: str, submission_id: str) -> str:
         set_state(run, names[-1], submission_id, "stopped", str(stopped), stopped.attempt)
         raise
     except StageFailed as failure:
-        set_state(run, names[-1], submission_id, "failed", str(failure), failure.attempt)
+        retry.failed(run, submission_id, names, failure.fault, str(failure), failure.attempt)
         raise
     except Exception as error:  # anything but a UserError is a bug: its traceback is in the job's log
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        set_state(run, names[-1], submission_id, "failed", reason)
+        retry.failed(run, submission_id, names, faults.of_work(None, reason, "", kills), reason)
         raise
     return "done"
 
@@ -124,7 +122,8 @@ def _run_one(run: RunDir, submission: Submission, stage: str) -> None:
         set_state(run, stage, submission.id, "skipped", _kept(run, stage, planned.reason))
         return
     check_sources(run, context.config, stage)
-    reason = "forced" if forced else planned.reason
+    reason = retry.note(run, submission.id, (stage,), "forced" if forced else planned.reason)
+    _check_devices(context.config.cluster, (stage,))
     run_stage(context, stage, submission.id, reason, visible_devices(), forced=forced)
 
 
@@ -139,13 +138,23 @@ def _train(run: RunDir, submission: Submission, names: tuple[str, ...]) -> None:
         set_state(run, "train", submission.id, "skipped", _kept(run, "train", planned.reason))
         return
     check_sources(run, context.config, "train")
-    reason, nodes = "forced" if forced else planned.reason, of_job()
+    reason = retry.note(run, submission.id, names, "forced" if forced else planned.reason)
+    nodes = of_job()
+    _check_devices(context.config.cluster, names)
     if "serve" in names:
         serve_train(context, submission.id, reason, forced, nodes)
     elif submission.job_of("serve") is not None:
         train_beside_server(context, submission, reason, forced, nodes)
     else:
         run_stage(context, "train", submission.id, reason, visible_devices(), forced=forced, nodes=nodes)
+
+
+def _check_devices(cluster: Cluster, names: tuple[str, ...]) -> None:
+    """A node that shows fewer GPUs than were asked for is broken; the job may try another one."""
+    asked = max(cluster.resources(name).gpus for name in names)
+    seen = len(visible_devices())
+    if cluster.retries and slurm.job_id() is not None and seen < asked:
+        raise UserError(f"{os.uname().nodename}: {seen} GPUs visible, {asked} asked for")
 
 
 def _ask_to_save(run: RunDir, names: tuple[str, ...]) -> None:
@@ -157,6 +166,19 @@ def _ask_to_save(run: RunDir, names: tuple[str, ...]) -> None:
         _terminate(signal.SIGTERM, None)
     if "train" in names and read_config(run.root).cluster.requeue and not run.stop_flag.exists():
         atomic.write_text(run.stop_flag, REQUEUED)
+
+
+def _record_end(run: RunDir, submission: str, names: tuple[str, ...]) -> None:
+    """After a TERM: the job tries again, was interrupted without a warning before, or is asked to end for good."""
+    if retry.queued(run, submission, names):
+        return
+    if slurm.interrupted():
+        _requeue(run, submission, names)
+        return
+    for name in names:
+        recorded = recorded_state(run, name)
+        if recorded is None or recorded.submission != submission or not recorded.ended:
+            set_state(run, name, submission, "cancelled", "the job was asked to end")
 
 
 def _requested(run: RunDir) -> bool:
@@ -245,6 +267,24 @@ def _restore_devices() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
     else:
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+
+
+def _end(run: RunDir, submission: str, names: tuple[str, ...], started: float) -> None:
+    """On Slurm's TERM. A job out of time sees to its next start first: Slurm soon kills what is left of this one.
+
+    A training that has not saved in time just goes on, if it is nearer to its end than it was at its start.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if slurm.out_of_time():
+        saved = any(path.stat().st_mtime > started for path in run.checkpoints.glob("*/step-*"))
+        if "train" in names and saved and read_config(run.root).cluster.requeue:
+            slurm.requeue()
+        else:
+            recorded = recorded_state(run, names[-1])
+            said = "it reached its time limit; raise time_min for its stage in the cluster profile"
+            fault = faults.Fault("time", "it reached its time limit")
+            retry.failed(run, submission, names, fault, said, recorded.attempt if recorded else 0)
+    raise Terminated
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

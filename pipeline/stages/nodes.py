@@ -16,6 +16,7 @@ from typing import Any
 
 from pipeline.run import atomic
 from pipeline.run.directory import RunDir
+from pipeline.stages.faults import Fault
 
 MEETING = "HH_PIPELINE_MEETING"
 """Environment variable with the name of a job's meeting, where the job is a process inside an allocation."""
@@ -69,6 +70,17 @@ def of_job(environ: Mapping[str, str] = os.environ) -> Nodes:
     return Nodes(int(environ.get("SLURM_NNODES", "1")), int(environ.get("SLURM_PROCID", "0")))
 
 
+@dataclass(frozen=True)
+class Lost:
+    """What became of a follower whose work is over too early."""
+
+    reason: str
+    cause: Fault | None
+
+    def __str__(self) -> str:
+        return self.reason
+
+
 class Meeting:
     """The files of one start of one job: a requeued job has new ones."""
 
@@ -87,7 +99,7 @@ class Meeting:
         return Rendezvous(**raw) if raw is not None else None
 
     def beat(self, rank: int, **word: Any) -> None:
-        """Show life, at most every BEAT_S seconds unless there is a word to say: status=…, or reason=…."""
+        """Show life, at most every BEAT_S seconds unless there is a word to say: status=…, or reason=… and fault=…."""
         if word or time.monotonic() - self._beaten >= BEAT_S:
             self._beaten = time.monotonic()
             atomic.write_json(self._file(rank), {"time": time.time(), "host": os.uname().nodename, **word})
@@ -102,14 +114,16 @@ class Meeting:
         word = self.word(rank)
         return time.time() - max(since, word["time"] if word else 0.0) > LOST_S
 
-    def fault(self, count: int, since: float) -> str | None:
+    def fault(self, count: int, since: float) -> Lost | None:
         """Leader: why a follower's work is over though the leader's is not; None while all is well."""
         for rank in range(1, count):
             word = self.word(rank) or {}
             if word.get("reason"):
-                return f"node {rank} ({word['host']}): {word['reason']}"
+                cause = word.get("fault")
+                return Lost(f"node {rank} ({word['host']}): {word['reason']}", Fault(**cause) if cause else None)
             if "status" not in word and self.lost(rank, since):
-                return f"node {rank} has shown no life for {LOST_S:.0f} s"
+                reason = f"node {rank} has shown no life for {LOST_S:.0f} s"
+                return Lost(reason, Fault("killed", reason))
         return None
 
     def end(self) -> None:

@@ -26,6 +26,10 @@ class Planned:
     stage: str
     action: Action
     reason: str
+    mem_gb: int = 0
+    """Memory that an earlier job of it showed to be needed; 0: what the profile says. See scheduler/needs.py."""
+    time_min: int = 0
+    """The same of time."""
 
 
 def basis(stage: Stage, context: Context) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """A private Slurm on this machine: two nodes of eight GPUs that are no GPUs, its own ports, no systemd, no accounting.
 
+Where this user may make memory cgroups (root, cgroup v1), a job that takes more than it asked for is killed.
 Needs Debian's slurmctld, slurmd, slurm-client and munge. Everything lives in one folder and ends with `stop`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -19,6 +21,8 @@ from ordinary_user import OrdinaryUser
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel")
 NODES = ("n1", "n2")
 GPUS = 8
+MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
+"""Where cgroup v1 has them; Slurm 22.05 needs systemd for v2."""
 
 
 def missing_programs() -> list[str]:
@@ -36,12 +40,18 @@ class MiniSlurm:
     daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
+    def limits_memory(self) -> bool:
+        """Whether it holds jobs to the memory that they asked for."""
+        return self.user is None and os.getuid() == 0 and os.access(MEMORY_GROUPS / "memory.oom_control", os.W_OK)
+
+    @property
     def environment(self) -> dict[str, str]:
         return {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def start(self) -> None:
         """Start munged, the controller and a daemon for each node, and wait until both nodes are idle."""
-        _write_configuration(self.folder, self.user.name if self.user else Path("/proc/self").owner())
+        user = self.user.name if self.user else Path("/proc/self").owner()
+        _write_configuration(self.folder, user, self.limits_memory)
         if self.user:
             self.user.own(self.folder)
         munge = self.folder / "munge"
@@ -72,6 +82,8 @@ class MiniSlurm:
                     daemon.wait(10)
                 except subprocess.TimeoutExpired:
                     daemon.kill()
+            if self.limits_memory:
+                _remove_groups(_group(self.folder))
 
     def command(self, *argv: str) -> str:
         """The output of one of Slurm's commands."""
@@ -97,7 +109,7 @@ class MiniSlurm:
             )
 
 
-def _write_configuration(folder: Path, user: str) -> None:
+def _write_configuration(folder: Path, user: str, limits_memory: bool) -> None:
     for name in ("munge", "state", "spool/n1", "spool/n2", "gpu"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "munge").chmod(0o700)
@@ -125,7 +137,7 @@ SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin={"task/cgroup" if limits_memory else "task/none"}
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 MpiDefault=none
@@ -149,9 +161,28 @@ PartitionName=gpu Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier
 PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=100 PreemptMode=OFF
 """.lstrip()
     )
+    if limits_memory:
+        # A group of its own: other private clusters on this machine have nodes and jobs of the same names.
+        _group(folder).mkdir()
+        (folder / "cgroup").mkdir()
+        (folder / "cgroup" / "memory").symlink_to(_group(folder))
+        (folder / "cgroup.conf").write_text(
+            f"CgroupMountpoint={folder}/cgroup\nCgroupPlugin=cgroup/v1\nConstrainRAMSpace=yes\n"
+        )
     (folder / "gres.conf").write_text(
         f"AutoDetect=off\nNodeName=n1,n2 Name=gpu Type=a100 File={folder}/gpu/nvidia[0-{GPUS - 1}]\n"
     )
+
+
+def _group(folder: Path) -> Path:
+    return MEMORY_GROUPS / f"mini-slurm-{folder.name}-{os.getpid()}"
+
+
+def _remove_groups(top: Path) -> None:
+    """Slurm leaves the groups of its nodes and users behind. One whose last process is still going away is left."""
+    for folder, _, _ in os.walk(top, topdown=False):
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
 
 
 def _free_ports(count: int) -> list[int]:
