@@ -117,4 +117,5 @@ def test_what_slurm_says_of_a_jobs_end_is_the_reason(run, tmp_path, monkeypatch)
 def test_accounting_answers_where_the_controller_has_forgotten(run, tmp_path, monkeypatch) -> None:
     fake_slurm(monkeypatch, tmp_path, squeue="exit 0", scontrol="exit 1", sacct="echo 'CANCELLED by 1000'")
     submission = Submission("s1", "slurm", (Job(("sft",), job_id="93"),))
-    assert resolve(run, submission, "sft").reason == "died (job 93): it was cancelled by scancel"
+    state = resolve(run, submission, "sft")
+    assert (state.state, state.reason) == ("cancelled", "job 93: it was cancelled by scancel")

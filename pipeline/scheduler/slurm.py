@@ -40,14 +40,23 @@ def live_jobs(job_ids: Sequence[str]) -> set[str]:
     return set() if "Invalid job id" in text else set(job_ids)  # it has forgotten every one of them: they are over
 
 
-@functools.lru_cache(256)  # asked for jobs that are over: the answer stays
 def describe_end(job: str) -> str | None:
-    """How a job that is over ended, in words; None where Slurm has forgotten it, or says nothing that helps.
+    """How a job that is over ended, in words; None where Slurm has forgotten it, or says nothing that helps."""
+    return _SAID.get(_end(job))
+
+
+def was_cancelled(job: str) -> bool:
+    """Whether a job that is over was ended by scancel, or by Slurm because what it waited for cannot come."""
+    return _end(job) == "CANCELLED"
+
+
+@functools.lru_cache(256)  # asked for jobs that are over: the answer stays
+def _end(job: str) -> str:
+    """Slurm's word for the end of a job that is over, or "".
 
     The controller remembers a job for some minutes; afterwards only accounting does, which not every site has.
     """
-    state = show(job).get("JobState") or _accounted(job)
-    return _SAID.get(state)
+    return show(job).get("JobState") or _accounted(job)
 
 
 def show(job: str) -> dict[str, str]:

@@ -14,7 +14,6 @@ from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.run.endpoint import WAIT_VARIABLE
 from pipeline.stages.base import Work
-from pipeline.stages.devices import visible_devices
 from pipeline.stages.execute import FINGERPRINT, STOPPED, environment_of, failure_reason, run_child
 from pipeline.stages.nodes import Meeting, Nodes, Rendezvous
 from pipeline.stages.registry import REGISTRY
@@ -35,7 +34,7 @@ def follow_leader(run: RunDir, config: Config, names: tuple[str, ...], nodes: No
         time.sleep(0.2)
     try:
         with contextlib.ExitStack() as stack:
-            train_devices, server_devices = share_devices(config, names, visible_devices())
+            train_devices, server_devices = share_devices(config, names)
             server = None
             if "serve" in names:
                 server = stack.enter_context(supervised(run, config, server_devices, index=nodes.rank, wait=False))

@@ -24,7 +24,7 @@ from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.state import recorded_state, resolve, set_state
 from pipeline.scheduler.submission import Job, Submission
 from pipeline.stages.base import Context
-from pipeline.stages.devices import visible_devices
+from pipeline.stages.devices import granted_devices
 from pipeline.stages.execute import STOPPED, StageFailed, StageStopped, run_stage
 from pipeline.stages.follower import follow_leader
 from pipeline.stages.nodes import of_job
@@ -121,7 +121,8 @@ def _run_one(run: RunDir, submission: Submission, stage: str) -> None:
         set_state(run, stage, submission.id, "skipped", _kept(run, stage, planned.reason))
         return
     reason = "forced" if forced else planned.reason
-    run_stage(context, stage, submission.id, reason, visible_devices(), forced=forced)
+    devices = granted_devices(context.config.cluster, (stage,))
+    run_stage(context, stage, submission.id, reason, devices, forced=forced)
 
 
 def _train(run: RunDir, submission: Submission, names: tuple[str, ...]) -> None:
@@ -140,7 +141,8 @@ def _train(run: RunDir, submission: Submission, names: tuple[str, ...]) -> None:
     elif submission.job_of("serve") is not None:
         train_beside_server(context, submission, reason, forced, nodes)
     else:
-        run_stage(context, "train", submission.id, reason, visible_devices(), forced=forced, nodes=nodes)
+        devices = granted_devices(context.config.cluster, ("train",))
+        run_stage(context, "train", submission.id, reason, devices, forced=forced, nodes=nodes)
 
 
 def _ask_to_save(run: RunDir, names: tuple[str, ...]) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import tritonclient.grpc as triton
-import yaml
-from helpers_cluster import CHAIN_SETTINGS, PROFILE, environment_of
+from helpers_cluster import CHAIN_SETTINGS, environment_of, profile
 from helpers_jobs import command, nothing_left, pids_running, policy_sha256, start, until_training, wait_for
 from mini_slurm import MiniSlurm
 from tritonclient.utils import InferenceServerException
@@ -18,13 +17,6 @@ from pipeline.run import atomic, endpoint
 from pipeline.run.directory import RunDir
 
 pytestmark = [pytest.mark.slurm, pytest.mark.triton, pytest.mark.chain]
-
-
-def profile(folder: Path, name: str, **changes: object) -> Path:
-    """The tests' profile with some keys changed, as a file."""
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump({**PROFILE, "name": name, **changes}))
-    return path
 
 
 def job_ids(slurm: MiniSlurm, name: str) -> list[str]:
