@@ -29,6 +29,13 @@ examples:
   CONFIG_NAME=6B python -m pipeline.submit --stage all --cluster my-cluster.yaml --dry-run
 """
 
+_SPECIAL = {
+    "%": "submitit gives % a meaning in paths",
+    "\\": "Slurm gives \\ a meaning in paths",
+    "\n": "a script cannot have a line break in a path",
+}
+"""What a run directory's path may not hold, and why."""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -69,8 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     run_dir = arguments.run_dir or Path("runs") / _default_name(arguments.preset)
     run = RunDir(Path(os.path.abspath(run_dir)))
-    if "%" in str(run.root):
-        raise UserError(f"--run-dir {run_dir}: submitit gives % a meaning in paths; choose a path without it")
+    for special, meaning in _SPECIAL.items():
+        if special in str(run.root):
+            raise UserError(f"--run-dir {str(run_dir)!r}: {meaning}; choose a path without it")
     shown = shlex.quote(str(run_dir))
     provenance.check_layout(run)
     config = resolve_config(run, arguments.preset, arguments.set, arguments.cluster)

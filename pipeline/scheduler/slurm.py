@@ -34,7 +34,10 @@ def live_jobs(job_ids: Sequence[str]) -> set[str]:
     """
     if not job_ids:
         return set()
-    status, text = procs.capture(["squeue", "--noheader", "--format=%i", f"--jobs={','.join(job_ids)}"])
+    try:
+        status, text = procs.capture(["squeue", "--noheader", "--format=%i", f"--jobs={','.join(job_ids)}"])
+    except procs.NoAnswer:
+        return set(job_ids)
     if status == 0:
         return set(text.split()) & set(job_ids)
     return set() if "Invalid job id" in text else set(job_ids)  # it has forgotten every one of them: they are over
@@ -42,17 +45,12 @@ def live_jobs(job_ids: Sequence[str]) -> set[str]:
 
 def describe_end(job: str) -> str | None:
     """How a job that is over ended, in words; None where Slurm has forgotten it, or says nothing that helps."""
-    return _SAID.get(_end(job))
-
-
-def was_cancelled(job: str) -> bool:
-    """Whether a job that is over was ended by scancel, or by Slurm because what it waited for cannot come."""
-    return _end(job) == "CANCELLED"
+    return _SAID.get(end_state(job))
 
 
 @functools.lru_cache(256)  # asked for jobs that are over: the answer stays
-def _end(job: str) -> str:
-    """Slurm's word for the end of a job that is over, or "".
+def end_state(job: str) -> str:
+    """Slurm's word for the end of a job that is over; "" where it has forgotten it.
 
     The controller remembers a job for some minutes; afterwards only accounting does, which not every site has.
     """

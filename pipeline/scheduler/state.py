@@ -74,6 +74,6 @@ def _end(submission: Submission, job: Job) -> tuple[str, str]:
     if job.job_id is None:
         return "failed", "was never submitted"
     said = slurm.describe_end(job.job_id) if submission.executor == "slurm" else None
-    if said is not None and slurm.was_cancelled(job.job_id):
+    if said is not None and slurm.end_state(job.job_id) == "CANCELLED":
         return "cancelled", f"job {job.job_id}: {said}"
     return "failed", f"died (job {job.job_id}): {said or 'it was killed or lost its node'}"

@@ -44,9 +44,8 @@ def granted_devices(
     listed = environ.get("CUDA_VISIBLE_DEVICES")
     shown = f"CUDA_VISIBLE_DEVICES is {listed!r}" if listed is not None else "nvidia-smi lists no more"
     raise UserError(
-        f"node {environ.get('SLURMD_NODENAME') or os.uname().nodename}: "
-        f"{len(devices)} of the {asked[stage]} GPUs that the job asks for can be seen ({shown}); leave the node out "
-        f"(cluster.exclude), or correct gpus of {stage} in cluster profile {cluster.name}"
+        f"{environ.get('SLURMD_NODENAME') or os.uname().nodename}: {len(devices)} GPUs visible, {asked[stage]} asked "
+        f"for ({shown}); leave the node out (cluster.exclude), or correct gpus of {stage} in profile {cluster.name}"
     )
 
 

@@ -34,6 +34,15 @@ def profile(folder: Path, name: str, **changes: object) -> Path:
     return path
 
 
+def separate(folder: Path) -> Path:
+    """The profile with the server in a job of its own."""
+    stages = {
+        "serve": {"time_min": 60, "cpus": 4, "mem_gb": 16, "gpus": 1},
+        "train": {"time_min": 60, "cpus": 16, "mem_gb": 64, "gpus": 7},
+    }
+    return profile(folder, "two-jobs", placement="separate", stages=stages)
+
+
 def states(run: Path) -> dict[str, tuple[str, str]]:
     """Each stage's state and what status says of it, as asked now: what Slurm said before is forgotten."""
     submissions._asked.clear()

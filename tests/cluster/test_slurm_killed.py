@@ -85,7 +85,7 @@ def contents(run: Path, stage: str) -> dict[str, str]:
 def test_a_reward_server_and_its_model_process_killed_during_the_training_come_back(
     slurm: MiniSlurm, finished: Path, tmp_path: Path
 ) -> None:
-    run = until_training(finished, tmp_path / "run")
+    run = until_training(finished, tmp_path / "a'; echo foo")
     profile = slurm.folder / "profile.yaml"
     follower = start(run, "--stage", "serve,train", "--cluster", profile, overrides=CHAIN_SETTINGS)
     wait_for(lambda: list(run.glob("checkpoints/*/step-00000004")), "the first checkpoint")

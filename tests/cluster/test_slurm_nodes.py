@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from helpers_cluster import CHAIN_SETTINGS, environment_of, profile, states
+from helpers_cluster import CHAIN_SETTINGS, children, profile, states, tasks
 from helpers_jobs import (
     command,
     copy_without,
@@ -19,29 +22,31 @@ from helpers_jobs import (
     until_training,
     wait_for,
 )
-from mini_slurm import MiniSlurm
+from mini_slurm import NODES, MiniSlurm
 
-from pipeline import procs
 from pipeline.run.directory import RunDir
+from pipeline.scheduler import submission as submissions
 
 pytestmark = [pytest.mark.slurm, pytest.mark.triton, pytest.mark.chain]
 
 
 def power_off(slurm: MiniSlurm, node: str) -> None:
-    """End a node with all that runs on it, and let the controller know at once, which it would find out by itself."""
+    """End a node with all that runs on it, and tell the controller, which would find out by itself in some minutes."""
     slurm.stop_daemon(node, signal.SIGKILL)
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            name, environment = (entry / "cmdline").read_bytes(), (entry / "environ").read_bytes()
-        except OSError:
-            continue
-        if f"SLURMD_NODENAME={node}".encode() in environment.split(b"\0") or is_step(name, entry, node):
-            os.kill(int(entry.name), signal.SIGKILL)
+    for job in slurm.command("squeue", "-h", "-w", node, "-o", "%i").split():
+        kill(
+            lambda line, _, job=job: line.startswith(f"slurmstepd: [{job}.".encode())
+        )  # so that nobody reports the rest
+    kill(lambda _, environment: f"SLURMD_NODENAME={node}".encode() in environment)
     slurm.command("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
 
 
-def is_step(name: bytes, entry: Path, node: str) -> bool:
-    return name.startswith(b"slurmstepd") and node in (entry / "cwd").readlink().parts
+def kill(wanted: Callable[[bytes, list[bytes]], bool]) -> None:
+    """Kill the processes with such a command line and environment."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if wanted((entry / "cmdline").read_bytes(), (entry / "environ").read_bytes().split(b"\0")):
+                os.kill(int(entry.name), signal.SIGKILL)
 
 
 def test_when_a_node_dies_its_training_goes_on_elsewhere_or_is_seen_as_lost(
@@ -76,3 +81,36 @@ def test_when_a_node_dies_its_training_goes_on_elsewhere_or_is_seen_as_lost(
     assert policy_sha256(moving) == policy_sha256(finished)
     assert RunDir(moving).outputs("evaluate") is not None
     wait_for(lambda: nothing_left(moving) and nothing_left(lost), "every process to end", 30)
+
+
+def test_while_the_controller_is_away_jobs_go_on_and_nobody_makes_anything_up(
+    slurm: MiniSlurm, finished: Path, tmp_path: Path
+) -> None:
+    run, other = copy_without(finished, tmp_path / "run", "sft"), copy_without(finished, tmp_path / "other", "evaluate")
+    site = slurm.folder / "profile.yaml"
+    chain = ("--stage", "sft,train,evaluate", "--cluster", site)
+    follower = start(run, *chain, overrides=CHAIN_SETTINGS)
+    wait_for(lambda: children(tasks(run, "sft")), "the work of sft")
+    first = submissions.read(RunDir(run))
+    slurm.stop_daemon("slurmctld")
+    for node in NODES:
+        slurm.stop_daemon(node, signal.SIGKILL)
+    try:
+        with ThreadPoolExecutor() as pool:  # each waits some seconds for the controller
+            status = pool.submit(command, "status", run)
+            again = pool.submit(submit, run, *chain, "--no-follow", overrides=CHAIN_SETTINGS)
+            new = pool.submit(submit, other, "--cluster", site, "--no-follow", overrides=CHAIN_SETTINGS)
+        assert status.result().status == 0
+        assert "cancelled" not in status.result().out and "failed" not in status.result().out
+        assert (again.result().status, "running already" in again.result().out) == (0, True), again.result()
+        assert (new.result().status, new.result().err.count("\n")) == (2, 1), new.result()
+        wait_for(lambda: states(run)["sft"][0] == "done", "sft to end without the controller")
+    finally:
+        for daemon in ("slurmctld", *NODES):
+            slurm.start_daemon(daemon)
+    assert follower.wait(120) == 0
+    assert submissions.read(RunDir(run)) == first
+    assert [path.name for path in (run / "stages" / "sft" / "attempts").iterdir()] == ["0001"]
+    slurm.wait_for_nodes()
+    assert submit(other, "--cluster", site, overrides=CHAIN_SETTINGS).status == 0
+    wait_for(lambda: nothing_left(run) and nothing_left(other), "every process to end", 30)
