@@ -31,7 +31,7 @@ def test_a_broken_data_file_fails_its_stage_and_what_waits_for_it_leaves_the_que
     settings = (*CHAIN_SETTINGS, f"data.source={rows}")
     done = submit(run, "--cluster", slurm.folder / "profile.yaml", "--no-follow", overrides=settings)
     assert done.status == 0, done.err
-    wait_for(lambda: queue_empty(slurm), "the dependents to leave the queue", 30)
+    wait_for(lambda: queue_empty(slurm), "the dependents to leave the queue")
     seen = states(run)
     reason = "not valid JSON (Expecting ',' delimiter: line 2 column 1 (char 25)); correct or remove the line"
     assert seen.pop("prefetch") == ("failed", f"{rows / 'train.jsonl'}:1: {reason}")
@@ -50,7 +50,7 @@ def test_a_failed_stages_script_can_be_submitted_again_by_hand_and_then_those_be
     data.write_bytes(b"x" * len(whole))
     arguments = ("--cluster", slurm.folder / "profile.yaml", "--no-follow")
     assert submit(run, *arguments, overrides=CHAIN_SETTINGS).status == 0
-    wait_for(lambda: queue_empty(slurm), "the dependents to leave the queue", 30)
+    wait_for(lambda: queue_empty(slurm), "the dependents to leave the queue")
     seen = states(run)
     assert (seen["sft"][0], "train.jsonl" in seen["sft"][1]) == ("failed", True), seen
     assert (seen["train"], seen["evaluate"]) == (("cancelled", "sft failed"),) * 2

@@ -22,6 +22,8 @@ TOGETHER = (("sandbox", "prefetch"), ("sft",), ("reward-model",), ("convert",), 
 """The chain's jobs; those of one group run at the same time."""
 WORK = {"serve+train": "pipeline.training.launch"}
 """What the command line of a job's work holds, where the job has other children too."""
+SHORT = ("sandbox",)
+"""Jobs that are over before scancel, which takes a moment, reaches work that has been seen: found in the cache."""
 
 
 def kill_task(slurm: MiniSlurm, run: Path, job: str) -> None:
@@ -37,7 +39,7 @@ def kill_work(slurm: MiniSlurm, run: Path, job: str) -> None:
 
 
 def scancel(slurm: MiniSlurm, run: Path, job: str) -> None:
-    wait_for(lambda: children(tasks(run, job)), f"the work of {job}")
+    wait_for(lambda: tasks(run, job) if job in SHORT else children(tasks(run, job)), f"the work of {job}")
     slurm.command("scancel", "--name", f"hh-{job}")
 
 
