@@ -25,7 +25,7 @@ from pipeline.scheduler.state import recorded_state, resolve, set_state
 from pipeline.scheduler.submission import Job, Submission
 from pipeline.stages.base import Context
 from pipeline.stages.devices import granted_devices
-from pipeline.stages.execute import STOPPED, StageFailed, StageStopped, run_stage
+from pipeline.stages.execute import STOPPED, StageFailed, StageStopped, Superseded, run_stage
 from pipeline.stages.follower import follow_leader
 from pipeline.stages.nodes import of_job
 from pipeline.stages.plan import verdict
@@ -255,7 +255,7 @@ def main(argv: list[str]) -> int:
         word = run_job(*argv)
     except Terminated:
         return 128 + signal.SIGTERM
-    except (StageFailed, UserError) as error:
+    except (StageFailed, Superseded, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except StageStopped as stopped:

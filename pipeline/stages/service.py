@@ -16,7 +16,7 @@ from pipeline.scheduler.state import recorded_state, resolve, set_state
 from pipeline.scheduler.submission import Submission
 from pipeline.stages.base import Context
 from pipeline.stages.devices import granted_devices, split_devices
-from pipeline.stages.execute import StageFailed, run_stage
+from pipeline.stages.execute import StageFailed, Superseded, run_stage
 from pipeline.stages.nodes import Meeting, Nodes, Rendezvous
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ def serve_train(context: Context, submission: str, reason: str, forced: bool, no
         with supervised(run, context.config, server_devices, wait=False) as server:
             environment = {endpoint.WAIT_VARIABLE: str(serving.start_timeout_s)}
             run_stage(context, "train", submission, reason, train_devices, environment, tick, forced, nodes)
+    except Superseded:
+        raise  # the states are the later attempt's
     except BaseException as error:
         # A training that failed is no fault of the server's: only its own errors reach us as UserErrors.
         set_state(run, "serve", submission, "failed" if isinstance(error, UserError) else "stopped", str(error))
