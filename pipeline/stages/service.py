@@ -72,7 +72,9 @@ def train_beside_server(context: Context, submission: Submission, reason: str, f
 
     def tick() -> None:
         nonlocal looked
-        if time.monotonic() - looked < LOOK_S:
+        recorded = recorded_state(run, "serve")
+        told = recorded is not None and recorded.submission == submission.id and recorded.ended
+        if not told and time.monotonic() - looked < LOOK_S:
             return
         looked = time.monotonic()
         state = resolve(run, submission, "serve")
