@@ -33,6 +33,11 @@ Child: TypeAlias = "subprocess.Popen[bytes]"
 WaitTimeout = subprocess.TimeoutExpired
 """Raised by `Child.wait` when the time is over."""
 
+
+class NoAnswer(UserError):
+    """A short command took too long: what it was asked is not known."""
+
+
 _PR_SET_PDEATHSIG = 1
 _KILL_S = 15.0
 """Seconds in which a killed process must be gone."""
@@ -102,7 +107,7 @@ def capture(argv: Sequence[str], *, env: Mapping[str, str] | None = None, timeou
     except FileNotFoundError:
         raise UserError(f"{argv[0]}: command not found; install it or put it on PATH") from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"{argv[0]}: no answer within {timeout_s:.0f} s") from None
+        raise NoAnswer(f"{argv[0]}: no answer within {timeout_s:.0f} s") from None
     return done.returncode, done.stdout.decode("utf-8", "replace")
 
 

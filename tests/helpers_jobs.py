@@ -88,16 +88,33 @@ def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 120)
 
 def until_training(finished: Path, run: Path) -> Path:
     """A copy of the finished run in which the training and what follows it have not happened."""
+    return copy_without(finished, run, "serve", "train", "evaluate")
+
+
+def copy_without(finished: Path, run: Path, *stages: str) -> Path:
+    """A copy of the finished run in which some stages have not happened, and nothing was submitted."""
     shutil.copytree(finished, run, symlinks=True)
-    for stage in ("serve", "train", "evaluate"):
-        shutil.rmtree(run / "stages" / stage)
-    for path in ("checkpoints", "models/policy", "metrics.jsonl", "report", "services", "cache", "submission.json"):
+    for stage in stages:
+        shutil.rmtree(run / "stages" / stage, ignore_errors=True)
+    gone = ["services", "cache", "submission.json", *(f"models/{stage}" for stage in stages)]
+    for stage, paths in _MADE_BY.items():
+        gone += paths if stage in stages else ()
+    for path in gone:
         target = run / path
         if target.is_symlink() or target.is_file():
             target.unlink()
         else:
             shutil.rmtree(target, ignore_errors=True)
     return run
+
+
+_MADE_BY = {
+    "prefetch": ("data",),
+    "convert": ("model_store",),
+    "train": ("checkpoints", "models/policy", "metrics.jsonl"),
+    "evaluate": ("report",),
+}
+"""What stages leave at the top of the run directory."""
 
 
 def pids_running(run: Path, *words: str) -> list[int]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.stages.devices import split_devices, visible_devices
+from pipeline.config.cluster import Cluster
+from pipeline.errors import UserError
+from pipeline.stages.devices import granted_devices, split_devices, visible_devices
 
 
 @pytest.mark.parametrize(
@@ -28,3 +30,15 @@ def test_the_list_is_sliced_and_not_the_numbers() -> None:
     assert split_devices(("3", "5")) == (("3",), ("5",))
     assert split_devices(("4",)) == (("4",), ("4",))  # one GPU is shared
     assert split_devices(()) == ((), ())
+
+
+def test_a_job_of_the_cluster_must_see_as_many_gpus_as_it_asked_for() -> None:
+    stages = {"train": {"gpus": 4}, "serve": {"gpus": 1}}
+    cluster = Cluster.model_validate({"name": "site", "executor": "slurm", "stages": stages})
+    four = {"CUDA_VISIBLE_DEVICES": "3,4,5,6", "SLURMD_NODENAME": "node7"}
+    assert granted_devices(cluster, ("serve", "train"), four) == ("3", "4", "5", "6")
+    assert granted_devices(cluster, ("sft",), {"CUDA_VISIBLE_DEVICES": ""}) == ()
+    with pytest.raises(UserError, match=r"^node7: 2 GPUs visible, 4 asked for .*'3,4'.* gpus of train in profile site"):
+        granted_devices(cluster, ("serve", "train"), {**four, "CUDA_VISIBLE_DEVICES": "3,4"})
+    here = Cluster.model_validate({"stages": stages})  # local jobs take what there is
+    assert granted_devices(here, ("train",), {"CUDA_VISIBLE_DEVICES": "0"}) == ("0",)

@@ -136,6 +136,18 @@ def test_cancel_leaves_no_process_and_says_what_it_ended(tmp_path: Path) -> None
     assert "nothing was running" in command("cancel", run).out
 
 
+def test_an_attempt_whose_place_another_job_took_ends_and_touches_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    follower = start(run, "--stage", "prefetch")
+    wait_for(lambda: pids_running(run, "pipeline.data.prefetch"), "the work to start")
+    before = (run / "stages" / "prefetch" / "state.json").read_text()
+    (run / "stages" / "prefetch" / "attempts" / "0002").mkdir()
+    assert follower.wait(60) == 1
+    assert (run / "stages" / "prefetch" / "state.json").read_text() == before
+    assert RunDir(run).outputs("prefetch") is None
+    wait_for(lambda: nothing_left(run), "every process to end", 20)
+
+
 def test_two_submitters_at_once_make_one_submission(tmp_path: Path) -> None:
     run = tmp_path / "run"
     both = [start(run, "--stage", "prefetch") for _ in range(2)]

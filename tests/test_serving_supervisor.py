@@ -244,3 +244,15 @@ def test_only_own_regions_and_those_of_dead_supervisors_are_swept(tmp_path: Path
     with (tmp_path / f"{own}mapped").open("r+b") as file, mmap.mmap(file.fileno(), 4096):
         assert sweep_shared_memory(own, tmp_path) == sorted([f"{own}1", f"{reused}1", f"{gone}1"])
     assert sorted(os.listdir(tmp_path)) == sorted(kept)
+
+
+def test_a_server_whose_place_was_taken_leaves_the_other_ones_endpoint_alone(story: Story) -> None:
+    story.supervisor.start()
+    mine = story.published
+    assert mine is not None
+    other = replace(mine, host="another-node", pid=7)
+    endpoint.publish(story.run, other)
+    story.tick(after_s=supervisor.BEAT_S + 1)
+    assert story.published == other
+    story.supervisor.stop()
+    assert story.published == other

@@ -71,6 +71,14 @@ def test_when_slurm_does_not_answer_nothing_is_made_up(run, tmp_path, monkeypatc
     assert "scancel 7 8" in calls.read_text()
 
 
+def test_a_controller_that_is_silent_for_long_has_not_ended_the_jobs(monkeypatch) -> None:
+    def silent(argv: list[str]) -> tuple[int, str]:
+        raise procs.NoAnswer("squeue: no answer within 60 s")
+
+    monkeypatch.setattr(procs, "capture", silent)
+    assert set(queue.ask(["7", "8"])) == {"7", "8"}
+
+
 def test_slurm_is_asked_once_for_all_jobs_and_then_left_alone(run, tmp_path, monkeypatch) -> None:
     calls = fake_slurm(monkeypatch, tmp_path, squeue="echo 8")
     submission = Submission("s1", "slurm", (Job(("sft",), job_id="7"), Job(("train",), ("sft",), job_id="8")))
@@ -109,7 +117,8 @@ def test_what_slurm_says_of_a_jobs_end_is_the_reason(run, tmp_path, monkeypatch)
 def test_accounting_answers_where_the_controller_has_forgotten(run, tmp_path, monkeypatch) -> None:
     fake_slurm(monkeypatch, tmp_path, squeue="exit 0", scontrol="exit 1", sacct="echo 'CANCELLED by 1000'")
     submission = Submission("s1", "slurm", (Job(("sft",), job_id="93"),))
-    assert resolve(run, submission, "sft").reason == "died (job 93): it was cancelled by scancel"
+    state = resolve(run, submission, "sft")
+    assert (state.state, state.reason) == ("cancelled", "job 93: it was cancelled by scancel")
 
 
 def in_allocation(restart: int) -> Submission:

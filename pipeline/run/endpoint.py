@@ -53,8 +53,15 @@ def publish(run: RunDir, endpoint: Endpoint) -> None:
 
 
 def beat(run: RunDir, endpoint: Endpoint) -> None:
-    """Renew the heartbeat of a published endpoint."""
-    atomic.write_json(path(run, endpoint.index), {**asdict(endpoint), "heartbeat": time.time()}, mode=0o600)
+    """Renew the heartbeat of a published endpoint, unless another server has taken its place."""
+    if not replaced(run, endpoint):
+        atomic.write_json(path(run, endpoint.index), {**asdict(endpoint), "heartbeat": time.time()}, mode=0o600)
+
+
+def replaced(run: RunDir, endpoint: Endpoint) -> bool:
+    """Whether another server is published in this one's place: its job was given up for lost and started elsewhere."""
+    found = read(run, endpoint.index)
+    return found is not None and (found.host, found.pid) != (endpoint.host, endpoint.pid)
 
 
 def withdraw(run: RunDir, index: int | None = None) -> None:

@@ -52,7 +52,10 @@ def ask(job_ids: Sequence[str]) -> dict[str, Queued]:
     """
     if not job_ids:
         return {}
-    status, text = procs.capture(["squeue", "--noheader", f"--format={FIELDS}", f"--jobs={','.join(job_ids)}"])
+    try:
+        status, text = procs.capture(["squeue", "--noheader", f"--format={FIELDS}", f"--jobs={','.join(job_ids)}"])
+    except procs.NoAnswer:
+        status, text = 1, ""
     if status == 0:
         found = (parse(line) for line in text.splitlines())
         return {job.job_id: job for job in found if job.job_id in job_ids}

@@ -65,12 +65,16 @@ def resolve(run: RunDir, submission: Submission, stage: str) -> State:
         before = resolve(run, submission, parent)  # Slurm ends what waits for a job that failed
         if before.ended and not before.good:
             return State(submission.id, "cancelled", f"{parent} {before.state}", recorded.attempt, recorded.time)
-    what = "was never submitted" if job.job_id is None else f"died (job {job.job_id}): {_cause(submission, job)}"
-    return State(submission.id, "failed", what, recorded.attempt, recorded.time)
+    state, reason = _end(submission, job)
+    return State(submission.id, state, reason, recorded.attempt, recorded.time)
 
 
-def _cause(submission: Submission, job: Job) -> str:
-    """Why a job ended without a word of its own."""
+def _end(submission: Submission, job: Job) -> tuple[str, str]:
+    """State and reason of a job that ended without a word of its own."""
+    if job.job_id is None:
+        return "failed", "was never submitted"
     slurm_id = job.job_id if submission.executor == "slurm" else submission.allocation
     said = slurm.describe_end(slurm_id, submission.time) if slurm_id else None
-    return said or "it was killed or lost its node"
+    if said is not None and slurm_id and slurm.end_state(slurm_id, submission.time) == "CANCELLED":
+        return "cancelled", f"job {slurm_id}: {said}"
+    return "failed", f"died (job {job.job_id}): {said or 'it was killed or lost its node'}"

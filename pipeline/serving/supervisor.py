@@ -141,7 +141,8 @@ class Supervisor:
         """Withdraw the endpoint and drain the server."""
         self._phase = "stopped"
         if self._endpoint is not None:
-            endpoint.withdraw(self._run, self._index)
+            if not endpoint.replaced(self._run, self._endpoint):
+                endpoint.withdraw(self._run, self._index)
             self._endpoint = None
         self._server.stop()
         self._server.remove_socket_folder()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pipeline import procs
+from pipeline.config.cluster import Cluster
+from pipeline.errors import UserError
 
 
 def visible_devices(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
@@ -25,6 +27,26 @@ def visible_devices(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
         return ()
     status, text = procs.capture(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"])
     return tuple(text.split()) if status == 0 else ()
+
+
+def granted_devices(
+    cluster: Cluster, stages: Sequence[str], environ: Mapping[str, str] = os.environ
+) -> tuple[str, ...]:
+    """The GPUs of a job with these stages. UserError where the node shows fewer than the job asked Slurm for.
+
+    Work that was planned for eight GPUs must not begin on CPUs because a driver or a site's prolog failed.
+    """
+    devices = visible_devices(environ)
+    asked = {stage: cluster.resources(stage).gpus for stage in stages if cluster.executor == "slurm"}
+    stage = max(asked, key=lambda name: asked[name], default=None)
+    if stage is None or len(devices) >= asked[stage]:
+        return devices
+    listed = environ.get("CUDA_VISIBLE_DEVICES")
+    shown = f"CUDA_VISIBLE_DEVICES is {listed!r}" if listed is not None else "nvidia-smi lists no more"
+    raise UserError(
+        f"{environ.get('SLURMD_NODENAME') or os.uname().nodename}: {len(devices)} GPUs visible, {asked[stage]} asked "
+        f"for ({shown}); leave the node out (cluster.exclude), or correct gpus of {stage} in profile {cluster.name}"
+    )
 
 
 def split_devices(devices: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -54,6 +54,13 @@ class StageStopped(Exception):
         self.attempt = attempt
 
 
+class Superseded(BaseException):
+    """Another job has begun a later attempt at the stage: this one's job was given up for lost, and must touch nothing.
+
+    Slurm starts a job anew elsewhere when it loses sight of a node, whether or not that node still works.
+    """
+
+
 def run_stage(
     context: Context,
     stage_name: str,
@@ -70,7 +77,7 @@ def run_stage(
     With several nodes this is the first of them; it lets the others begin, and fails when one of them does. A forced
     attempt begins from nothing: it does not go on from the checkpoints of an earlier submission.
 
-    Raises StageFailed or StageStopped. Whatever ends this function early ends the child's whole tree too.
+    Raises StageFailed, StageStopped or Superseded. Whatever ends this function early ends the child's whole tree too.
     """
     run, stage = context.run, REGISTRY[stage_name]
     known = basis(stage, context)
@@ -91,11 +98,18 @@ def run_stage(
     argv, env = started_as(stage, job, environment)
     atomic.write_json(folder / "job.json", {"argv": argv, "process": asdict(procs.this_process()), **_job_ids()})
     set_state(run, stage_name, submission, "running", reason, number)
+    check = _place_check(run, stage_name, number)
+
+    def look() -> None:
+        check()
+        tick()
+
     started, kills = time.time(), oom.kills()
-    with _meeting(job, stage_name, number, environment[FINGERPRINT], tick) as watch:
+    with _meeting(job, stage_name, number, environment[FINGERPRINT], look) as watch:
         status = run_child(run.root, argv, env, log_path, watch)
     seconds = round(time.time() - started, 3)
     atomic.write_json(folder / "exit.json", {"status": status, "seconds": seconds})
+    check()
     if status == STOPPED:
         raise StageStopped("it saved its state and stopped as asked; submit again to go on", number)
     if status != 0:
@@ -107,6 +121,17 @@ def run_stage(
     if stage_name == "train":
         _prune_checkpoints(run, environment[FINGERPRINT])
     return outputs
+
+
+def _place_check(run: RunDir, stage: str, number: int) -> procs.Tick:
+    """A function that raises Superseded once there is a later attempt."""
+    later = run.attempt(stage, number + 1)
+
+    def check() -> None:
+        if later.exists():
+            raise Superseded(f"{stage}: another job has begun attempt {number + 1}; attempt {number} ends")
+
+    return check
 
 
 def failure_reason(status: int, log_path: Path) -> str:

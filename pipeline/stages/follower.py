@@ -17,7 +17,6 @@ from pipeline.run.endpoint import WAIT_VARIABLE
 from pipeline.run.sources import check_sources
 from pipeline.stages import faults
 from pipeline.stages.base import Work
-from pipeline.stages.devices import visible_devices
 from pipeline.stages.execute import FINGERPRINT, STOPPED, StageFailed, failure_reason, log_tail, run_child, started_as
 from pipeline.stages.nodes import Meeting, Nodes, Rendezvous
 from pipeline.stages.registry import REGISTRY
@@ -39,7 +38,7 @@ def follow_leader(run: RunDir, config: Config, names: tuple[str, ...], nodes: No
     kills = oom.kills()
     try:
         with contextlib.ExitStack() as stack:
-            train_devices, server_devices = share_devices(config, names, visible_devices())
+            train_devices, server_devices = share_devices(config, names)
             server = None
             if "serve" in names:
                 server = stack.enter_context(supervised(run, config, server_devices, index=nodes.rank, wait=False))

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import FrameType
 
 from pipeline import oom, procs
-from pipeline.config.cluster import Cluster
 from pipeline.config.load import read_config
 from pipeline.errors import UserError
 from pipeline.run import atomic, hashing
@@ -27,8 +26,8 @@ from pipeline.scheduler.state import recorded_state, resolve, set_state
 from pipeline.scheduler.submission import Job, Submission
 from pipeline.stages import faults, followers, retry
 from pipeline.stages.base import Context
-from pipeline.stages.devices import visible_devices
-from pipeline.stages.execute import STOPPED, StageFailed, StageStopped, run_stage
+from pipeline.stages.devices import granted_devices
+from pipeline.stages.execute import STOPPED, StageFailed, StageStopped, Superseded, run_stage
 from pipeline.stages.follower import follow_leader
 from pipeline.stages.nodes import of_job
 from pipeline.stages.plan import verdict
@@ -123,8 +122,8 @@ def _run_one(run: RunDir, submission: Submission, stage: str) -> None:
         return
     check_sources(run, context.config, stage)
     reason = retry.note(run, submission.id, (stage,), "forced" if forced else planned.reason)
-    _check_devices(context.config.cluster, (stage,))
-    run_stage(context, stage, submission.id, reason, visible_devices(), forced=forced)
+    devices = granted_devices(context.config.cluster, (stage,))
+    run_stage(context, stage, submission.id, reason, devices, forced=forced)
 
 
 def _train(run: RunDir, submission: Submission, names: tuple[str, ...]) -> None:
@@ -140,21 +139,13 @@ def _train(run: RunDir, submission: Submission, names: tuple[str, ...]) -> None:
     check_sources(run, context.config, "train")
     reason = retry.note(run, submission.id, names, "forced" if forced else planned.reason)
     nodes = of_job()
-    _check_devices(context.config.cluster, names)
     if "serve" in names:
         serve_train(context, submission.id, reason, forced, nodes)
     elif submission.job_of("serve") is not None:
         train_beside_server(context, submission, reason, forced, nodes)
     else:
-        run_stage(context, "train", submission.id, reason, visible_devices(), forced=forced, nodes=nodes)
-
-
-def _check_devices(cluster: Cluster, names: tuple[str, ...]) -> None:
-    """A node that shows fewer GPUs than were asked for is broken; the job may try another one."""
-    asked = max(cluster.resources(name).gpus for name in names)
-    seen = len(visible_devices())
-    if cluster.retries and slurm.job_id() is not None and seen < asked:
-        raise UserError(f"{os.uname().nodename}: {seen} GPUs visible, {asked} asked for")
+        devices = granted_devices(context.config.cluster, ("train",))
+        run_stage(context, "train", submission.id, reason, devices, forced=forced, nodes=nodes)
 
 
 def _ask_to_save(run: RunDir, names: tuple[str, ...]) -> None:
@@ -298,7 +289,7 @@ def main(argv: list[str]) -> int:
         word = run_job(*argv)
     except Terminated:
         return 128 + signal.SIGTERM
-    except (StageFailed, UserError) as error:
+    except (StageFailed, Superseded, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except StageStopped as stopped:

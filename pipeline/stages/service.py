@@ -15,8 +15,8 @@ from pipeline.run.directory import RunDir
 from pipeline.scheduler.state import recorded_state, resolve, set_state
 from pipeline.scheduler.submission import Submission
 from pipeline.stages.base import Context
-from pipeline.stages.devices import split_devices, visible_devices
-from pipeline.stages.execute import StageFailed, run_stage
+from pipeline.stages.devices import granted_devices, split_devices
+from pipeline.stages.execute import StageFailed, Superseded, run_stage
 from pipeline.stages.nodes import Meeting, Nodes, Rendezvous
 from pipeline.stages.surroundings import OFFLINE
 
@@ -27,10 +27,9 @@ LOOK_S = 30.0
 """Seconds between looks at the other job: they ask Slurm's controller."""
 
 
-def share_devices(
-    config: Config, names: tuple[str, ...], devices: tuple[str, ...]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def share_devices(config: Config, names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(training's, server's) of the GPUs of a job with these stages: only where both are in it they share them."""
+    devices = granted_devices(config.cluster, names)
     if names == ("serve", "train"):
         return split_devices(devices)
     return devices, devices[-1:]
@@ -42,7 +41,6 @@ def serve_train(context: Context, submission: str, reason: str, forced: bool, no
     Both start at once: the training waits for the published endpoint, while it loads its own models.
     """
     run, serving = context.run, context.config.serving
-    train_devices, server_devices = share_devices(context.config, ("serve", "train"), visible_devices())
     set_state(run, "serve", submission, "running", "starting tritonserver")
     endpoint.withdraw(run)  # of an attempt that was killed: the training must not take it for this one's
     announced = False
@@ -55,9 +53,12 @@ def serve_train(context: Context, submission: str, reason: str, forced: bool, no
             set_state(run, "serve", submission, "running", f"TRITON_HOST={server.triton_host}")
 
     try:
+        train_devices, server_devices = share_devices(context.config, ("serve", "train"))
         with supervised(run, context.config, server_devices, wait=False) as server:
             environment = {endpoint.WAIT_VARIABLE: str(serving.start_timeout_s)}
             run_stage(context, "train", submission, reason, train_devices, environment, tick, forced, nodes)
+    except Superseded:
+        raise  # the states are the later attempt's
     except BaseException as error:
         # A training that failed is no fault of the server's: only its own errors reach us as UserErrors.
         set_state(run, "serve", submission, "failed" if isinstance(error, UserError) else "stopped", str(error))
@@ -72,7 +73,9 @@ def train_beside_server(context: Context, submission: Submission, reason: str, f
 
     def tick() -> None:
         nonlocal looked
-        if time.monotonic() - looked < LOOK_S:
+        recorded = recorded_state(run, "serve")
+        told = recorded is not None and recorded.submission == submission.id and recorded.ended
+        if not told and time.monotonic() - looked < LOOK_S:
             return
         looked = time.monotonic()
         state = resolve(run, submission, "serve")
@@ -82,7 +85,8 @@ def train_beside_server(context: Context, submission: Submission, reason: str, f
 
     tick()
     environment = {endpoint.WAIT_VARIABLE: str(context.config.serving.start_timeout_s)}
-    run_stage(context, "train", submission.id, reason, visible_devices(), environment, tick, forced, nodes)
+    devices = granted_devices(context.config.cluster, ("train",))
+    run_stage(context, "train", submission.id, reason, devices, environment, tick, forced, nodes)
 
 
 def serve_alone(run: RunDir, config: Config, submission: Submission, nodes: Nodes) -> None:
@@ -93,7 +97,7 @@ def serve_alone(run: RunDir, config: Config, submission: Submission, nodes: Node
         return
     set_state(run, "serve", submission.id, "running", "starting tritonserver")
     meeting = Meeting(run)
-    devices = share_devices(config, ("serve",), visible_devices())[1]
+    devices = share_devices(config, ("serve",))[1]
     if nodes.count > 1:
         meeting.call(Rendezvous("serve", 0, "", "", 0, 0))
     try:

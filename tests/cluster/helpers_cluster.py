@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
 from helpers_jobs import TINY
+
+from pipeline.run.directory import RunDir
+from pipeline.scheduler import submission as submissions
+from pipeline.scheduler.view import view_run
 
 CHAIN_SETTINGS = (
     *TINY,
@@ -22,18 +27,56 @@ PROFILE = {
 }
 
 
-def is_task(cmdline: Path, run: Path) -> bool:
-    """Whether a process is the one that Slurm started for a job of the run."""
+def profile(folder: Path, name: str, **changes: object) -> Path:
+    """The tests' profile with some keys changed, as a file."""
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({**PROFILE, "name": name, **changes}))
+    return path
+
+
+def separate(folder: Path) -> Path:
+    """The profile with the server in a job of its own."""
+    stages = {
+        "serve": {"time_min": 60, "cpus": 4, "mem_gb": 16, "gpus": 1},
+        "train": {"time_min": 60, "cpus": 16, "mem_gb": 64, "gpus": 7},
+    }
+    return profile(folder, "two-jobs", placement="separate", stages=stages)
+
+
+def states(run: Path) -> dict[str, tuple[str, str]]:
+    """Each stage's state and what status says of it, as asked now: what Slurm said before is forgotten."""
+    submissions._asked.clear()
+    return {view.stage: (view.state, view.detail) for view in view_run(RunDir(run))}
+
+
+def tasks(run: Path, job: str | None = None) -> list[int]:
+    """The processes that Slurm started for the jobs of the run, or for the one with these stages."""
+    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if _is_task(path, run, job)]
+
+
+def _is_task(cmdline: Path, run: Path, job: str | None) -> bool:
     try:
-        line = cmdline.read_bytes().decode()
+        words = cmdline.read_bytes().decode().split("\0")
     except OSError:
         return False
-    return "pipeline.stages.job" in line and str(run) in line and not line.startswith(("srun", "/usr/bin/srun"))
+    if "pipeline.stages.job" not in words or words[0].endswith("srun"):
+        return False
+    where, stages = words[words.index("pipeline.stages.job") + 1 :][:2]
+    return where == str(run) and job in (None, stages)
 
 
-def tasks(run: Path) -> list[int]:
-    """Those processes."""
-    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if is_task(path, run)]
+def children(parents: list[int], word: str = "") -> list[int]:
+    """The processes that these started, with a word in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            line = path.with_name("cmdline").read_bytes().decode()
+        except OSError:
+            continue
+        if parent in parents and word in line:
+            found.append(int(path.parent.name))
+    return found
 
 
 def environment_of(pid: int) -> dict[str, str]:

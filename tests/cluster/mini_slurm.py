@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -37,7 +38,8 @@ class MiniSlurm:
     folder: Path
     user: OrdinaryUser | None = None
     """Who runs the daemons, and so the jobs; None: who runs the tests."""
-    daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    """By name: munged, slurmctld, and each node's own."""
 
     @property
     def limits_memory(self) -> bool:
@@ -54,15 +56,14 @@ class MiniSlurm:
         _write_configuration(self.folder, user, self.limits_memory)
         if self.user:
             self.user.own(self.folder)
-        munge = self.folder / "munge"
-        self._daemon(
-            "munged", "--foreground", "--force", f"--key-file={munge / 'key'}", f"--socket={munge / 'socket'}",
-            f"--pid-file={munge / 'pid'}", f"--log-file={munge / 'log'}", f"--seed-file={munge / 'seed'}",
-        )  # fmt: skip
-        _wait((munge / "socket").exists, "munged", self.folder)
-        self._daemon("slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
-        for node in NODES:
-            self._daemon("slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf"))
+        self.start_daemon("munged")
+        _wait((self.folder / "munge" / "socket").exists, "munged", self.folder)
+        for name in ("slurmctld", *NODES):
+            self.start_daemon(name)
+        self.wait_for_nodes()
+
+    def wait_for_nodes(self) -> None:
+        """Wait until both nodes are idle."""
         _wait(
             lambda: self.command("sinfo", "-h", "-N", "-p", "gpu", "-o", "%t").split() == ["idle"] * 2,
             "nodes",
@@ -75,9 +76,9 @@ class MiniSlurm:
             self.command("scancel", f"--user={self.user.uid if self.user else os.getuid()}")
             _wait(lambda: not self.command("squeue", "-h").strip(), "jobs to end", self.folder)
         finally:
-            for daemon in reversed(self.daemons):
+            for daemon in reversed(self.daemons.values()):
                 daemon.terminate()
-            for daemon in self.daemons:
+            for daemon in self.daemons.values():
                 try:
                     daemon.wait(10)
                 except subprocess.TimeoutExpired:
@@ -98,15 +99,30 @@ class MiniSlurm:
     def _whole_environment(self) -> dict[str, str]:
         return {**(self.user.environment() if self.user else os.environ), **self.environment}
 
-    def _daemon(self, *argv: str) -> None:
-        with (self.folder / f"{argv[0]}.out").open("ab") as log:
-            path = shutil.which(argv[0], path=_search_path())
+    def start_daemon(self, name: str) -> None:
+        """Start munged, the controller, or a node's daemon, for the first time or again."""
+        with (self.folder / f"{name}.out").open("ab") as log:
+            program, *arguments = _daemon_argv(self.folder, name)
+            path = shutil.which(program, path=_search_path())
             assert path is not None
-            command = self._as_user([path, *argv[1:]])
+            command = self._as_user([path, *arguments])
             environment = self._whole_environment()
-            self.daemons.append(
-                subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+            self.daemons[name] = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, start_new_session=True
             )
+
+    def stop_daemon(self, name: str, how: signal.Signals = signal.SIGTERM) -> None:
+        """End a daemon and wait until it is gone; a node's jobs go on without it."""
+        self.daemons[name].send_signal(how)
+        self.daemons[name].wait(30)
+
+
+def _daemon_argv(folder: Path, name: str) -> list[str]:
+    configuration, munge = ["-D", "-f", str(folder / "slurm.conf")], folder / "munge"
+    if name == "munged":
+        files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+        return ["munged", "--foreground", "--force", *(f"--{key}={munge / file}" for key, file in files.items())]
+    return ["slurmctld", *configuration] if name == "slurmctld" else ["slurmd", "-N", name, *configuration]
 
 
 def _write_configuration(folder: Path, user: str, limits_memory: bool) -> None:

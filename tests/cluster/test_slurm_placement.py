@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import tritonclient.grpc as triton
-import yaml
-from helpers_cluster import CHAIN_SETTINGS, PROFILE, environment_of
+from helpers_cluster import CHAIN_SETTINGS, environment_of, profile, separate
 from helpers_jobs import command, nothing_left, pids_running, policy_sha256, start, until_training, wait_for
 from mini_slurm import MiniSlurm
 from tritonclient.utils import InferenceServerException
@@ -20,23 +19,8 @@ from pipeline.run.directory import RunDir
 pytestmark = [pytest.mark.slurm, pytest.mark.triton, pytest.mark.chain]
 
 
-def profile(folder: Path, name: str, **changes: object) -> Path:
-    """The tests' profile with some keys changed, as a file."""
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump({**PROFILE, "name": name, **changes}))
-    return path
-
-
 def job_ids(slurm: MiniSlurm, name: str) -> list[str]:
     return slurm.command("squeue", "-h", "-o", "%i", "-n", name).split()
-
-
-def separate(slurm: MiniSlurm) -> Path:
-    stages = {
-        "serve": {"time_min": 60, "cpus": 4, "mem_gb": 16, "gpus": 1},
-        "train": {"time_min": 60, "cpus": 16, "mem_gb": 64, "gpus": 7},
-    }
-    return profile(slurm.folder, "two-jobs", placement="separate", stages=stages)
 
 
 def test_a_server_in_its_own_job_moves_to_another_node_and_the_training_goes_on(
@@ -44,7 +28,7 @@ def test_a_server_in_its_own_job_moves_to_another_node_and_the_training_goes_on(
 ) -> None:
     run = until_training(finished, tmp_path / "it's a run")
     settings = (*CHAIN_SETTINGS, "serving.retry_timeout_s=1")  # only the word of the training's job keeps it waiting
-    follower = start(run, "--stage", "serve,train,evaluate", "--cluster", separate(slurm), overrides=settings)
+    follower = start(run, "--stage", "serve,train,evaluate", "--cluster", separate(slurm.folder), overrides=settings)
     wait_for(lambda: list(run.glob("checkpoints/*/step-00000004")), "the first checkpoint")
     ranks = pids_running(run, "-m pipeline.training.ppo", "-u")
     (devices,) = {environment_of(pid)["CUDA_VISIBLE_DEVICES"] for pid in ranks}
