@@ -1,8 +1,10 @@
 # Two commands for a fresh machine: `make demo` and `make test`. Both set up what they need first.
 PYTHON ?= python3
 VENV ?= .venv
+EXTRAS ?=
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+COMMA := ,
 
 .PHONY: setup demo test lint clean
 .DELETE_ON_ERROR:
@@ -13,7 +15,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else "error: PYTHON=$(PYTHON) is %d.%d; use Python 3.10, 3.11 or 3.12, as in: make PYTHON=python3.11" % v)'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev$(if $(EXTRAS),$(COMMA)$(EXTRAS))]'
 	@touch $@
 
 # The whole chain: models made on the spot, SFT, reward model, tritonserver, PPO, evaluation.

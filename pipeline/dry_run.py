@@ -45,9 +45,8 @@ def render_command(run: RunDir, config: Config, stage: str) -> str:
     """A stage's command line as a shell would take it, with its own environment in front."""
     if stage == "serve":
         return render_server(run, config)
-    devices = _devices(config, stage)
-    train_devices, _ = split_devices(devices)
-    work = Work(run, config, run.attempt(stage, 0) / "out", train_devices if stage == "train" else devices)
+    devices = _shares(config)[0] if stage == "train" else _devices(config, stage)
+    work = Work(run, config, run.attempt(stage, 0) / "out", devices)
     definition = REGISTRY[stage]
     own = definition.environment(work)
     argv = definition.command(work)
@@ -61,6 +60,7 @@ def render_command(run: RunDir, config: Config, stage: str) -> str:
 def render_server(run: RunDir, config: Config) -> str:
     """tritonserver's command line; what is only known when it starts stands in angle brackets."""
     from pipeline.serving import engines
+    from pipeline.stages.service import with_bind
 
     made = run.values("sandbox")
     path = made.get("path", "<sandbox>")
@@ -74,11 +74,20 @@ def render_server(run: RunDir, config: Config) -> str:
         engine = engines.Docker(path if made else config.sandbox.image, packages=packages)
     else:
         engine = engines.Apptainer(path, name=name, packages=packages)
-    _, devices = split_devices(_devices(config, "train"))
-    address = "unix:<socket folder>/rm.sock" if config.serving.bind == "unix" else "127.0.0.1"
+    _, devices = _shares(config)
+    bind = with_bind(config).serving.bind
+    address = {"unix": "unix:<socket folder>/rm.sock", "loopback": "127.0.0.1"}.get(bind, "<this node's address>")
+    certificates = run.endpoint.parent / "tls" if bind == "network" else None
     port = config.serving.grpc_port or 8001
-    spec = engines.ServerSpec(run.root / "model_store", address, port, devices)
+    spec = engines.ServerSpec(run.root / "model_store", address, port, devices, tls=certificates)
     return f"CUDA_VISIBLE_DEVICES={','.join(devices)} {shlex.join(engine.server_argv(spec))}"
+
+
+def _shares(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(training's, server's) GPUs: those of one job, or of two."""
+    if config.cluster.placement == "separate":
+        return _devices(config, "train"), _devices(config, "serve")[-1:]
+    return split_devices(_devices(config, "train"))
 
 
 def _devices(config: Config, stage: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The messages that docs/troubleshooting.md and docs/doctor.md quote are those that the code writes."""
+"""The messages that the tables of docs/ quote are those that the code writes."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ def missing(page: str, messages: str) -> list[str]:
 
 def test_quoted_messages_are_the_codes() -> None:
     messages = "\n".join(text for path in sorted((ROOT / "pipeline").rglob("*.py")) for text in texts(path))
-    for name in ("troubleshooting.md", "doctor.md"):
+    for name in ("troubleshooting.md", "doctor.md", "clusters.md", "containers.md"):
         assert missing((ROOT / "docs" / name).read_text("utf-8"), messages) == []
     assert missing("| `TRITON_HOST …: the server keeps silent` | x |", messages)  # which no code says

@@ -15,7 +15,7 @@ from pipeline.containers.source import Source, content_digest
 from pipeline.containers.steps import run_step
 from pipeline.errors import UserError
 from pipeline.run import atomic
-from pipeline.run.build_cache import MANIFEST, cached
+from pipeline.run.build_cache import MANIFEST, cached, exclusive
 
 Note = Callable[[str], None]
 """Says what is being done, for the log and the status."""
@@ -50,7 +50,8 @@ def fetch(source: Source, cache: Path, note: Note, fresh: bool = False) -> str:
     if _origin(source, digest, cache) is None:
         layout = _layout(cache, digest)
         layout.mkdir(parents=True, exist_ok=True)
-        registry.fetch(source.reference, digest, layout, note)
+        with exclusive(layout.with_suffix(".lock"), f"fetching {source.reference}"):
+            registry.fetch(source.reference, digest, layout, note)
     return digest
 
 

@@ -36,31 +36,50 @@ def cached(cache: Path, name: str, build: Builder, usable: Callable[[Path], bool
     An entry is built in a folder beside it and renamed when complete, so whatever bears the name can be trusted;
     one builder works at a time and others wait for it. What an interrupted builder left is removed by the next.
     """
-    folder, building, lock_file = cache / name, cache / f"{name}.building", cache / f"{name}.lock"
-    deadline, others = time.monotonic() + _WAIT_S, _Watch(lock_file)
-    while True:
-        manifest = atomic.read_json(folder / MANIFEST)
-        if manifest is not None and usable(folder):
+    folder, building = cache / name, cache / f"{name}.building"
+
+    def found() -> dict[str, Any] | None:
+        manifest: dict[str, Any] | None = atomic.read_json(folder / MANIFEST)
+        return manifest if manifest is not None and usable(folder) else None
+
+    manifest = found()
+    if manifest is not None:
+        return folder, manifest, False
+    with exclusive(cache / f"{name}.lock", f"building {name}"):
+        manifest = found()
+        if manifest is not None:  # another builder finished between our two looks
             return folder, manifest, False
-        if others.building():
-            if time.monotonic() > deadline:
-                raise UserError(f"{lock_file}: still held after {_WAIT_S:.0f} s; delete it if that build is gone")
-            time.sleep(0.5)
-            continue
-        with lock(lock_file, f"building {name}"), _beating(lock_file):
-            if (folder / MANIFEST).exists() and usable(folder):  # another builder finished between our two looks
-                continue
+        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        with atomic.disk_errors(building):
+            building.mkdir(parents=True)
+        try:
+            manifest = build(building)
+            building.rename(folder)
+        finally:
             shutil.rmtree(building, ignore_errors=True)
-            shutil.rmtree(folder, ignore_errors=True)
-            with atomic.disk_errors(building):
-                building.mkdir(parents=True)
+        atomic.sync_directory(cache)
+        return folder, manifest, True
+
+
+@contextlib.contextmanager
+def exclusive(lock_file: Path, purpose: str) -> Iterator[None]:
+    """Hold the lock while the block runs, after whoever holds it now, on this node or another."""
+    deadline, others = time.monotonic() + _WAIT_S, _Watch(lock_file)
+    with contextlib.ExitStack() as held:
+        while True:
+            while others.building():
+                if time.monotonic() > deadline:
+                    raise UserError(f"{lock_file}: still held after {_WAIT_S:.0f} s; delete it if that build is gone")
+                time.sleep(0.5)
             try:
-                manifest = build(building)
-                building.rename(folder)
-            finally:
-                shutil.rmtree(building, ignore_errors=True)
-            atomic.sync_directory(cache)
-            return folder, manifest, True
+                held.enter_context(lock(lock_file, purpose))
+                break
+            except UserError:
+                if not others.building():  # else another was faster
+                    raise
+        held.enter_context(_beating(lock_file))
+        yield
 
 
 class _Watch:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.schema import Config
 from pipeline.containers.command import choose_engine
 from pipeline.containers.source import content_digest, parse_source
 from pipeline.run.directory import Outputs
@@ -29,6 +30,10 @@ class Sandbox(Stage):
         elif engine != "none":
             settings |= image_settings(context)
         return settings
+
+    def after(self, config: Config) -> tuple[str, ...]:
+        engine = choose_engine(config.sandbox.engine, config.cluster.engine)
+        return () if engine in ("venv", "none") else ("prefetch",)  # which fetches the image
 
     def command(self, work: Work) -> list[str]:
         return module_command("pipeline.serving.sandbox", work)
