@@ -35,5 +35,5 @@ def run_step(argv: list[str], env: Mapping[str, str], log: Path, remedy: str) ->
 def last_line(text: str) -> str:
     """The last line that tells of an error, or else the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if line.lower().startswith("error")]
+    errors = [line for line in lines if line.lower().startswith(("error", "fatal"))]
     return (errors or lines or ["no output"])[-1]

@@ -193,7 +193,8 @@ def check_image(inside: list[str], python: str | None) -> dict[str, str]:
     env = exec_environment(os.environ, {})
     status, text = procs.capture([*inside, "tritonserver", "--help"], env=env, timeout_s=_CHECK_S)
     if "--model-repository" not in text:  # asked for help, it exits with status 1
-        raise UserError(f"sandbox.image: tritonserver does not run in it: {last_line(text)}")
+        fuse = "; take sandbox.format=sandbox, or sandbox.unpack_on_node=true" if "fuse" in text.lower() else ""
+        raise UserError(f"sandbox.image: tritonserver does not run in it: {last_line(text)}{fuse}")
     version = "import sys; print('%d.%d' % sys.version_info[:2])"
     status, text = procs.capture([*inside, "python3", "-c", version], env=env, timeout_s=_CHECK_S)
     found = text.split()[-1] if status == 0 and text.split() else ""
