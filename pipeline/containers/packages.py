@@ -40,6 +40,11 @@ def install(pins: list[str], python: str, cache: Path, log: Path) -> tuple[Path,
     return folder / "site", built
 
 
+def compile_argv() -> list[str]:
+    """Inside the container: what its Python would else do at each start, since it may not write there."""
+    return ["python3", "-m", "compileall", "-q", "-j", "0", IN_CONTAINER]
+
+
 def pip_argv(python: str, target: Path) -> list[str]:
     """pip's command: into target/site, wheels only, and for another Python than this one by name."""
     argv = [sys.executable, "-m", "pip", "install", "--no-input", "--no-deps", "--no-compile", "--only-binary=:all:"]

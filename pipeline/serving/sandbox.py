@@ -20,7 +20,7 @@ from pipeline.containers import images, packages
 from pipeline.containers.command import Bind, choose_engine, docker_argv, exec_argv, exec_environment
 from pipeline.containers.images import Note
 from pipeline.containers.source import parse_source
-from pipeline.containers.steps import last_line
+from pipeline.containers.steps import last_line, run_step
 from pipeline.errors import UserError, run_command
 from pipeline.run import atomic
 from pipeline.run.build_cache import MANIFEST, cached
@@ -159,6 +159,10 @@ def _prepare_container(config: Config, engine: str, log: Path, note: Note, fresh
     note("checking the image")
     inside = inside_argv(image, site)
     found = check_image(inside, settings.python if site else None)
+    if site is not None and installed:
+        note("compiling the packages")
+        argv = [*inside_argv(image, site, writable=True), *packages.compile_argv()]
+        run_step(argv, exec_environment(os.environ, {}), log, "the packages serve uncompiled too: run this stage again")
     return {
         "path": image.file,
         "image": source.text,
@@ -177,9 +181,9 @@ def _as_folder(config: Config) -> bool:
     return config.sandbox.format == "sandbox" and not config.sandbox.unpack_on_node
 
 
-def inside_argv(image: images.Image, site: Path | None) -> list[str]:
+def inside_argv(image: images.Image, site: Path | None, writable: bool = False) -> list[str]:
     """What stands before a command that shall run in the image as the server does, without GPUs and network."""
-    binds = [Bind(site, packages.IN_CONTAINER)] if site else []
+    binds = [Bind(site, packages.IN_CONTAINER, writable)] if site else []
     if image.engine == "docker":
         return docker_argv(image.file, binds, (), network=False, user=f"{os.getuid()}:{os.getgid()}")
     return exec_argv(image.engine, image.file, binds, gpus=False, own_environment=True)
