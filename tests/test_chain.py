@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -179,11 +180,18 @@ def test_the_readmes_commands_are_understood_as_printed(finished: Path, tmp_path
                 == 0
             )
             continue
-        arguments = line.replace("runs/demo", str(finished)).replace("path/to/hh", str(rows)).split()[2:]
+        there = {"runs/demo": finished, "runs/gptj": finished, "path/to/hh": rows}
+        there["my-cluster.yaml"] = (
+            tmp_path / "my-cluster.yaml"
+        )  # which the doctor's line writes, and the next ones read
+        for name, path in there.items():
+            line = line.replace(name, str(path))
+        arguments = shlex.split(line, comments=True)[2:]
         if arguments[0] == "pipeline.submit":
             arguments += ["--dry-run", "--run-dir", str(tmp_path / "run")]
         done = command(arguments[0].removeprefix("pipeline."), *arguments[1:])
-        assert done.status == 0, f"{line}: {done.err}"
+        found_faults = arguments[0] == "pipeline.doctor" and done.status == 1  # of this machine
+        assert done.status == 0 or found_faults, f"{line}: {done.err}"
 
 
 HH = Path(os.environ.get("HH_DATA") or ROOT.parent / "shared" / "data" / "hh")

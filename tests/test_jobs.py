@@ -165,7 +165,7 @@ def test_an_earlier_evaluation_is_not_shown_as_another_stages_result(prefetched:
 def test_a_path_that_submitit_cannot_use_is_refused(tmp_path: Path) -> None:
     done = submit(tmp_path / "50 %j", "--stage", "prefetch")
     assert (done.status, done.err.count("\n")) == (2, 1)
-    assert "choose a path without them" in done.err
+    assert "choose a path without it" in done.err
     assert not (tmp_path / "50 %j").exists()
 
 

@@ -263,6 +263,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
             "embedded": {"vocab_size": 400, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "max_positions": 128},
         },
         "data": {"source": "demo", "demo": {"train": 120, "test": 31}},
+        "sandbox": {"engine": "none"},
         "train": {"seq_length": 100},
         "generate": {"max_new_tokens": 48},
         "sft": {"max_length": 100, "batch_size": 16, "lr": 3e-2, "epochs": 2},

@@ -58,9 +58,11 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """The sandbox of the default cache; the first run on a machine builds it, in a minute or two."""
-    return open_sandbox(prepare(serving_config(), tmp_path_factory.mktemp("log") / "build.log", print))
+    log = tmp_path_factory.mktemp("log") / "build.log"
+    with open_sandbox(prepare(serving_config(), log, print), log) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")

@@ -39,9 +39,9 @@ def check_path(root: Path) -> None:
     """Refuse a run directory whose path an sbatch script cannot carry."""
     text = str(root)
     if "%" in text or "\\" in text:
-        raise UserError(f"--run-dir {text!r}: Slurm gives % and \\ a meaning in paths; choose a path without them")
+        raise UserError(f"--run-dir {text!r}: Slurm gives % and \\ a meaning in paths; choose a path without it")
     if not text.isprintable():
-        raise UserError(f"--run-dir {text!r}: a line break or control character cannot stand in an sbatch script")
+        raise UserError(f"--run-dir {text!r}: an sbatch script holds no control character; choose a path without it")
 
 
 def job_folder(run: RunDir, submission: str, job: Job) -> Path:

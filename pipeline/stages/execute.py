@@ -208,7 +208,9 @@ def started_as(stage: Stage, job: Work, more: dict[str, str]) -> tuple[list[str]
 
 def environment_of(stage: Stage, job: Work, more: dict[str, str]) -> dict[str, str]:
     """The whole environment of a stage's work."""
-    env = {**os.environ, procs.ATTEMPT_MARK: str(job.out.parent)}
+    # Each node ends what is left of its own share only; in tests, and on some sites, nodes are one machine.
+    share = f"#{job.nodes.rank}" if job.nodes.rank else ""
+    env = {**os.environ, procs.ATTEMPT_MARK: f"{job.out.parent}{share}"}
     env |= {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "TOKENIZERS_PARALLELISM": "false"}
     env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     if job.devices:

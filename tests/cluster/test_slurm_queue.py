@@ -54,7 +54,7 @@ def test_held_waiting_running_and_cancelled_jobs_are_told_apart(slurm: MiniSlurm
     wait_for(lambda: f"job {first} on n1, 29 min left" in line_of(run, "prefetch"), "the first job to run", 60)
     slurm.command("scancel", first)
     wait_for(lambda: not job_ids(slurm), "Slurm to end both")
-    assert f"died (job {first}): it was cancelled by scancel" in line_of(run, "prefetch")
+    assert f"job {first}: it was cancelled by scancel" in line_of(run, "prefetch")
     assert line_of(run, "sft").endswith("prefetch failed")
 
 
