@@ -181,12 +181,11 @@ def test_the_readmes_commands_are_understood_as_printed(finished: Path, tmp_path
             )
             continue
         there = {"runs/demo": finished, "runs/gptj": finished, "path/to/hh": rows}
-        there["my-cluster.yaml"] = (
-            tmp_path / "my-cluster.yaml"
-        )  # which the doctor's line writes, and the next ones read
+        there["my-cluster.yaml"] = tmp_path / "my-cluster.yaml"  # the doctor's line writes it, the next ones read it
+        typed = line
         for name, path in there.items():
-            line = line.replace(name, str(path))
-        arguments = shlex.split(line, comments=True)[2:]
+            typed = typed.replace(name, str(path))
+        arguments = shlex.split(typed, comments=True)[2:]
         if arguments[0] == "pipeline.submit":
             arguments += ["--dry-run", "--run-dir", str(tmp_path / "run")]
         done = command(arguments[0].removeprefix("pipeline."), *arguments[1:])

@@ -197,6 +197,23 @@ def test_an_image_that_is_not_there_and_a_registry_that_is_not_are_one_line_each
         registry.resolve(registry.parse_reference("docker://127.0.0.1:9/a/b:1"))
 
 
+def test_what_is_no_registry_is_told_from_one_and_pins_nothing(
+    server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = b"<html>Welcome! Log in to use this network.</html>"
+    monkeypatch.setitem(globals(), "INDEX", page)
+    with pytest.raises(UserError, match=r"what answers is no registry, .*is there a proxy in between\?"):
+        registry.resolve(registry.parse_reference(server.name))
+    monkeypatch.setitem(globals(), "INDEX", b'{"schemaVersion": 1, "fsLayers": []}')
+    with pytest.raises(UserError, match="an image of an old kind"):
+        registry.resolve(registry.parse_reference(server.name))
+
+
+def test_a_digest_that_is_a_path_is_refused() -> None:
+    with pytest.raises(ValueError, match="no digest"):
+        registry.Blob("sha256:../../../etc/passwd", 1)
+
+
 def test_an_image_for_other_machines_only_is_refused(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry.platform, "machine", lambda: "s390x")
     reference = registry.parse_reference(server.name)

@@ -111,6 +111,23 @@ def test_the_server_gets_our_torch_and_transformers_and_an_old_numpy() -> None:
     assert len({pin.split("==")[0] for pin in pins}) == len(pins)
 
 
+def test_what_torch_names_as_extras_of_another_package_is_pinned_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Metadata:
+        def __init__(self, version: str, *requires: str) -> None:
+            self.version, self.requires = version, list(requires)
+
+    installed = {
+        "torch": Metadata("2.13.0", "cuda-toolkit[cublas]==13.0.2", "pytest; extra == 'test'"),
+        "transformers": Metadata("5.23.0", "numpy>=2"),
+        "cuda-toolkit": Metadata("13.0.2", "nvidia-cublas; extra == 'cublas'", "nvidia-nvjpeg; extra == 'nvjpeg'"),
+        "nvidia-cublas": Metadata("13.1.0"),
+    }
+    monkeypatch.setattr(environment.importlib.metadata, "distribution", installed.__getitem__)
+    assert environment.package_pins() == [
+        *("cuda-toolkit==13.0.2", "numpy==1.26.4", "nvidia-cublas==13.1.0", "torch==2.13.0", "transformers==5.23.0"),
+    ]
+
+
 def test_the_key_changes_with_any_pin() -> None:
     assert environment.environment_key(["a==1"]) == environment.environment_key(["a==1"])
     assert environment.environment_key(["a==1"]) != environment.environment_key(["a==2"])

@@ -133,6 +133,11 @@ def _with_absolute_paths(tree: Tree) -> Tree:
         value = values.get(key) if isinstance(values, dict) else None
         if isinstance(value, str) and is_path(path := os.path.expandvars(os.path.expanduser(value))):
             tree = merge(tree, {section: {key: os.path.abspath(path)}})
+    image = tree["sandbox"].get("image") if isinstance(tree.get("sandbox"), dict) else None
+    if isinstance(image, str) and image.startswith(("oci-archive:", "docker-archive:")):
+        transport, _, file = image.partition(":")
+        image = f"{transport}:{os.path.abspath(os.path.expanduser(file))}"
+        tree = merge(tree, {"sandbox": {"image": image}})
     return tree
 
 

@@ -16,7 +16,10 @@ ENGINES = ("apptainer", "singularity", "docker")
 """Container engines in the order in which "auto" prefers them."""
 
 _PLAIN = re.compile(r"[\w./+@=-]+")
-_CARRIED = ("OMP_NUM_THREADS", procs.RUN_MARK, procs.STAGE_MARK, procs.ATTEMPT_MARK)
+_CARRIED = (
+    *("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"),
+    *(procs.RUN_MARK, procs.STAGE_MARK, procs.ATTEMPT_MARK),
+)
 """Variables that go into a container whose environment is otherwise its image's: the marks let its processes be found
 and ended like all others of a run."""
 

@@ -11,11 +11,13 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from types import FrameType
 
 from pipeline.errors import UserError, run_command
 from pipeline.procs import die_with_parent, session_pids
 
+_KILL_S = 30.0
 _LEFT_TO_CHILD = (signal.SIGTERM, signal.SIGINT)
 """Sent to the whole session: the engine answers them, and its end is ours."""
 
@@ -64,13 +66,16 @@ def _run(argv: list[str]) -> int:
 
 def _kill_session() -> None:
     """End all other processes of this session, also those that begin meanwhile."""
-    session = os.getsid(0)
+    session, deadline = os.getsid(0), time.monotonic() + _KILL_S
     while left := [pid for pid in session_pids(session) if pid != os.getpid()]:
+        if time.monotonic() > deadline:  # one hangs in the kernel: nothing can be done about it
+            return
         for pid in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(-1, os.WNOHANG)
+        time.sleep(0.02)
 
 
 if __name__ == "__main__":

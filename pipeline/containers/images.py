@@ -63,7 +63,7 @@ def make(source: Source, engine: str, folder: bool, cache: Path, log: Path, note
     if engine == "docker":
         return _pull(source, log, note)
     digest = fetch(source, cache, note, fresh)
-    if (source.kind, folder) in (("sif", False), ("folder", True)):
+    if source.kind == "folder" or (source.kind == "sif" and not folder):
         return Image(engine, source.text, digest, built=False)  # it is what is wanted already: used where it is
 
     def build(target: Path) -> dict[str, str]:

@@ -6,8 +6,8 @@ from which Apptainer and Singularity build without a network (`oci:FOLDER`). Pro
 
 from __future__ import annotations
 
-import base64
 import hashlib
+import http.client
 import json
 import logging
 import os
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from pipeline.containers.login import LOGIN_REMEDY, credentials, is_true
 from pipeline.errors import UserError
 from pipeline.run import atomic, hashing
 
@@ -89,6 +90,10 @@ class Blob:
     digest: str
     size: int
 
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"sha256:[0-9a-f]{64}", self.digest):  # it becomes a file's name
+            raise ValueError(f"{self.digest[:80]!r} is no digest")
+
     def path(self, layout: Path) -> Path:
         """Where it is in an OCI layout."""
         return layout / "blobs" / "sha256" / self.digest.removeprefix("sha256:")
@@ -104,16 +109,18 @@ class Registry:
     def __init__(self, reference: Reference, environ: Mapping[str, str] = os.environ) -> None:
         self.reference = reference
         self._authorization: str | None = None
-        plain = any(environ.get(name) for name in ("APPTAINER_NOHTTPS", "SINGULARITY_NOHTTPS"))
+        plain = any(is_true(environ.get(name, "")) for name in ("APPTAINER_NOHTTPS", "SINGULARITY_NOHTTPS"))
         host = "registry-1.docker.io" if reference.host == "docker.io" else reference.host
         self._base = f"{'http' if plain else 'https'}://{host}/v2/{reference.repository}"
-        self._login = _credentials(reference.host, environ)
+        self._login = credentials(reference.host, environ)
         self._opener = urllib.request.build_opener(_SafeRedirects)
 
     def digest(self) -> str:
         """The digest that the tag stands for now."""
         with self._open(f"manifests/{self.reference.wanted}", (*_INDEXES, *_MANIFESTS)) as reply:
-            return _digest_of(reply.read())
+            data = reply.read()
+        _parse(data)  # a proxy's page of welcome must not be taken for an image
+        return _digest_of(data)
 
     def manifest(self, digest: str) -> tuple[bytes, dict[str, Any]]:
         """A manifest or index, as bytes that have this digest, and parsed."""
@@ -121,7 +128,7 @@ class Registry:
             data = reply.read()
         if _digest_of(data) != digest:
             raise UserError(f"{self.reference}: the registry's answer does not have the digest {digest}; try again")
-        return data, json.loads(data)
+        return data, _parse(data)
 
     def fetch(self, blob: Blob, layout: Path) -> None:
         """Fetch a blob into the layout unless it is there, going on where an interrupted fetch stopped."""
@@ -133,7 +140,8 @@ class Registry:
             try:
                 self._download(blob, part)
                 break
-            except OSError as error:  # a full disk is none: that is a UserError by now
+            # A full disk is none of these: that is a UserError by now.
+            except (OSError, http.client.HTTPException) as error:
                 if attempt + 1 == _TRIES:
                     raise
                 logger.warning("%s: %s; going on from there", blob.digest[:19], error)
@@ -182,7 +190,7 @@ class Registry:
             return f"Basic {self._login}"
         fields = dict(re.findall(r'(\w+)="([^"]*)"', rest))
         if scheme.lower() != "bearer" or "realm" not in fields:
-            raise UserError(f"{self.reference}: the registry asks for a login; {_LOGIN_REMEDY}")
+            raise UserError(f"{self.reference}: the registry asks for a login; {LOGIN_REMEDY}")
         query = {key: fields[key] for key in ("service", "scope") if key in fields}
         query.setdefault("scope", f"repository:{self.reference.repository}:pull")
         request = urllib.request.Request(f"{fields['realm']}?{urllib.parse.urlencode(query)}")
@@ -191,9 +199,6 @@ class Registry:
         with self._opener.open(request, timeout=_TIMEOUT_S) as reply:
             token = json.load(reply)
         return f"Bearer {token.get('token') or token['access_token']}"
-
-
-_LOGIN_REMEDY = "log in with `apptainer registry login` or `docker login`, or correct sandbox.image"
 
 
 def resolve(reference: Reference) -> str:
@@ -255,18 +260,31 @@ def _asking(reference: Reference, ask: Callable[[Registry], Any]) -> Any:
         return ask(Registry(reference))
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
-            raise UserError(f"{reference}: the registry refuses access ({error.code}); {_LOGIN_REMEDY}") from error
+            raise UserError(f"{reference}: the registry refuses access ({error.code}); {LOGIN_REMEDY}") from error
         if error.code == 404:
             raise UserError(f"{reference}: no such image; look the tag up in the registry's catalogue") from error
         raise UserError(f"{reference}: the registry answers {error.code} {error.reason}; try again later") from error
     except BadDownload as error:
         raise UserError(f"{reference}: {error}; run it again, it goes on from there") from error
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{reference}: what answers is no registry, or has an image of an old kind ({error}); is there a proxy in "
+            "between?"
+        ) from error
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise UserError(
             f"{reference}: the registry cannot be reached ({reason}); run this stage where the internet can be "
             "reached, set cluster.proxy, or take an image file (oci-archive:FILE)"
         ) from error
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    """A manifest or index; ValueError for anything else."""
+    manifest = json.loads(data)
+    if not isinstance(manifest, dict) or not ("manifests" in manifest or {"config", "layers"} <= manifest.keys()):
+        raise ValueError("not an image's manifest")
+    return manifest
 
 
 class _SafeRedirects(urllib.request.HTTPRedirectHandler):
@@ -276,25 +294,6 @@ class _SafeRedirects(urllib.request.HTTPRedirectHandler):
         if newurl.startswith("http://") and req.full_url.startswith("https://"):
             raise urllib.error.URLError(f"redirected from https to {newurl.partition('?')[0]}")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _credentials(host: str, environ: Mapping[str, str]) -> str | None:
-    """base64(user:password) for a registry: from Apptainer's variables, or the files that `login` commands write."""
-    for prefix in ("APPTAINER", "SINGULARITY"):
-        user, password = environ.get(f"{prefix}_DOCKER_USERNAME"), environ.get(f"{prefix}_DOCKER_PASSWORD")
-        if user and password:
-            return base64.b64encode(f"{user}:{password}".encode()).decode()
-    home = Path(environ.get("HOME", "/"))
-    for file in (
-        home / ".apptainer/docker-config.json",
-        home / ".singularity/docker-config.json",
-        home / ".docker/config.json",
-    ):
-        known = (atomic.read_json(file) or {}).get("auths", {})
-        for name in (host, f"https://{host}", f"https://index.{host}/v1/"):
-            if known.get(name, {}).get("auth"):
-                return str(known[name]["auth"])
-    return None
 
 
 def _digest_of(data: bytes) -> str:

@@ -49,17 +49,25 @@ def cached(cache: Path, name: str, build: Builder, usable: Callable[[Path], bool
         manifest = found()
         if manifest is not None:  # another builder finished between our two looks
             return folder, manifest, False
-        shutil.rmtree(building, ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(building)
+        _remove(folder)
         with atomic.disk_errors(building):
             building.mkdir(parents=True)
         try:
             manifest = build(building)
             building.rename(folder)
         finally:
-            shutil.rmtree(building, ignore_errors=True)
+            _remove(building)
         atomic.sync_directory(cache)
         return folder, manifest, True
+
+
+def _remove(folder: Path) -> None:
+    """Remove what is there; an image that was unpacked half-way has folders that their owner may not write to."""
+    for path, _, _ in os.walk(folder):
+        with contextlib.suppress(OSError):
+            os.chmod(path, 0o700)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -48,21 +48,27 @@ def package_pins(python: str | None = None) -> list[str]:
     `python` is the minor version that they are for, as in "3.12"; by default this interpreter's.
     """
     pins = {"numpy": NUMPY}
-    target = {"extra": ""}
-    if python is not None:
-        target |= {"python_version": python, "python_full_version": f"{python}.0"}
-    waiting = ["torch", "transformers"]
+    target = {"python_version": python, "python_full_version": f"{python}.0"} if python is not None else {}
+    waiting: list[tuple[str, frozenset[str]]] = [("torch", frozenset()), ("transformers", frozenset())]
+    seen = set()
     while waiting:
-        name = canonicalize_name(waiting.pop())
-        if name in pins:
+        wanted, extras = waiting.pop()
+        name = canonicalize_name(wanted)
+        if (name, extras) in seen or name == "numpy":
             continue
+        seen.add((name, extras))
         try:
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
             raise UserError(f"{name}: not installed here, but the server needs it; run: pip install {name}") from None
         pins[name] = f"{name}=={distribution.version}"
         needed = [Requirement(text) for text in distribution.requires or []]
-        waiting += [need.name for need in needed if need.marker is None or need.marker.evaluate(target)]
+        environments = [{"extra": extra, **target} for extra in ("", *extras)]
+        waiting += [
+            (need.name, frozenset(need.extras))  # torch names CUDA's libraries as extras of one package
+            for need in needed
+            if need.marker is None or any(need.marker.evaluate(each) for each in environments)
+        ]
     return [pins[name] for name in sorted(pins)]
 
 

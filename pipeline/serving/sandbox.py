@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 def main(argv: list[str] | None = None) -> None:
     """Prepare the sandbox and record where it is."""
-    _, config, out = parse_work("Prepare the sandbox that tritonserver runs in.", argv)
+    run, config, out = parse_work("Prepare the sandbox that tritonserver runs in.", argv)
     progress = Progress(out, total=4, every_s=0.0)
     steps = iter(range(1, 4))
 
@@ -45,25 +46,31 @@ def main(argv: list[str] | None = None) -> None:
         logger.info("%s", text)
         progress.update(next(steps, 3), text)
 
-    values = prepare(config, out / "build.log", note, forced())
+    values = prepare(config, out / "build.log", note, forced(), run.values("prefetch").get("sandbox"))
     state = "built" if values["built"] else "found in the cache"
     logger.info("%s sandbox %s in %.1f s: %s", values["engine"], state, values["seconds"], values["path"])
     progress.update(4, state)
     write_result(out, {}, values)
 
 
-def prepare(config: Config, log: Path, note: Note, fresh: bool = False) -> dict[str, Any]:
+def prepare(
+    config: Config, log: Path, note: Note, fresh: bool = False, fetched: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Build the configured sandbox, or find it in the cache; return what `open_sandbox` needs.
 
-    `fresh` looks again which image a tag stands for. Raises UserError when the engine is missing or a build step
+    `fetched` is what the run's prefetch recorded: its image is taken, and no registry asked. Otherwise `fresh` looks
+    again which image a tag stands for. Raises UserError when the engine is missing or a build step
     fails; nothing half-built is left to be trusted.
     """
     started = time.monotonic()
     engine = engine_of(config)
     if engine == "none":
         raise UserError('sandbox.engine: "none" starts no server and needs no sandbox; leave this stage out of `all`')
-    make = _prepare_venv if engine == "venv" else _prepare_container
-    return {"engine": engine, **make(config, engine, log, note, fresh), "seconds": round(time.monotonic() - started, 3)}
+    if engine == "venv":
+        values = _prepare_venv(config, log, note)
+    else:
+        values = _prepare_container(config, engine, log, note, fresh, fetched or {})
+    return {"engine": engine, **values, "seconds": round(time.monotonic() - started, 3)}
 
 
 def fetch(config: Config, log: Path, note: Note, fresh: bool = False) -> dict[str, Any]:
@@ -137,7 +144,7 @@ def cache_dir(config: Config) -> Path:
     return Path(base) / "hh-pipeline"
 
 
-def _prepare_venv(config: Config, engine: str, log: Path, note: Note, fresh: bool) -> dict[str, Any]:
+def _prepare_venv(config: Config, log: Path, note: Note) -> dict[str, Any]:
     environment.check_platform()
     pins = environment.requirements()
     key = environment.environment_key(pins)
@@ -148,9 +155,13 @@ def _prepare_venv(config: Config, engine: str, log: Path, note: Note, fresh: boo
     return {"path": str(folder), **versions, "key": key, "built": built}
 
 
-def _prepare_container(config: Config, engine: str, log: Path, note: Note, fresh: bool) -> dict[str, Any]:
+def _prepare_container(
+    config: Config, engine: str, log: Path, note: Note, fresh: bool, fetched: Mapping[str, Any]
+) -> dict[str, Any]:
     cache, settings = cache_dir(config), config.sandbox
     source = parse_source(settings.image)
+    if source.reference is not None and fetched.get("image") == source.text:
+        source = replace(source, reference=replace(source.reference, digest=fetched["digest"]))
     image = images.make(source, engine, _as_folder(config), cache, log, note, fresh)
     site, installed = None, False
     if settings.packages == "trainer":

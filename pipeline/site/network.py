@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from pipeline.config.schema import Config
+from pipeline.containers.login import is_true
 from pipeline.containers.registry import parse_reference
 from pipeline.errors import UserError
 from pipeline.run.sources import EMBEDDED
@@ -92,7 +93,7 @@ def registry_of(image: str, environ: Mapping[str, str] = os.environ) -> str:
     except UserError:  # said by `pipeline.site.named`
         return ""
     host = "registry-1.docker.io" if host == "docker.io" else host
-    plain = any(environ.get(f"{prefix}_NOHTTPS") for prefix in ("APPTAINER", "SINGULARITY"))
+    plain = any(is_true(environ.get(f"{prefix}_NOHTTPS", "")) for prefix in ("APPTAINER", "SINGULARITY"))
     return f"{'http' if plain else 'https'}://{host}/v2/"
 
 

@@ -164,7 +164,8 @@ def test_what_prefetch_fetched_is_built_where_there_is_no_network(
     site.submit(run, "--stage", "sandbox", **fresh)
     assert RunDir(run).values("sandbox")["digest"] == digest
     assert not list((site.folder / "cache" / "images").glob("*-fetched"))  # as large as the image, and needed no more
-    said = site.submit(run, "--stage", "sandbox", "--force", status=1, **fresh)
+    site.submit(run, "--stage", "sandbox", "--force", **fresh)  # its own image again, without a network
+    said = site.submit(site.folder / "another", "--stage", "sandbox", "--force", status=1, **fresh)
     assert "the registry cannot be reached" in said
     assert "oci-archive:FILE" in said
 
