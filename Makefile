@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?=
 PY := $(VENV)/bin/python
-READY := $(VENV)/.ready
+READY := $(VENV)/.ready$(if $(EXTRAS),-$(EXTRAS))
 COMMA := ,
 
 .PHONY: setup demo test lint clean

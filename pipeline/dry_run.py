@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import textwrap
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from pipeline.scheduler import script
 from pipeline.scheduler.submit import divide, group_jobs
 from pipeline.stages.base import Work
 from pipeline.stages.devices import split_devices, visible_devices
+from pipeline.stages.nodes import ONE_NODE, Nodes
 from pipeline.stages.plan import Planned
 from pipeline.stages.registry import REGISTRY
 
@@ -46,7 +48,10 @@ def render_command(run: RunDir, config: Config, stage: str) -> str:
     if stage == "serve":
         return render_server(run, config)
     devices = _shares(config)[0] if stage == "train" else _devices(config, stage)
-    work = Work(run, config, run.attempt(stage, 0) / "out", devices)
+    asked, here = config.cluster.resources(stage), config.cluster.executor != "slurm"
+    cpus = len(os.sched_getaffinity(0)) if here else asked.cpus
+    nodes = Nodes(asked.nodes, 0, "<first-node>", 29500) if asked.nodes > 1 and not here else ONE_NODE
+    work = Work(run, config, run.attempt(stage, 0) / "out", devices, cpus, nodes)
     definition = REGISTRY[stage]
     own = definition.environment(work)
     argv = definition.command(work)
