@@ -86,10 +86,12 @@ def make(source: Source, engine: str, folder: bool, cache: Path, log: Path, note
     return Image(engine, str(path / _name(folder)), digest, built)
 
 
-def unpack(image: Image, target: Path, log: Path) -> Image:
-    """The image as a sandbox folder `target` on this node's own disk. Offline."""
+def unpack(image: Image, target: Path, log: Path, tick: procs.Tick) -> Image:
+    """The image as a sandbox folder `target` on this node's own disk. Offline. `tick` is called meanwhile."""
     argv = guarded(build_argv(image.engine, image.file, target, folder=True))
-    run_step(argv, build_environment(os.environ, target.parent), log, "set cluster.scratch to a larger local disk")
+    run_step(
+        argv, build_environment(os.environ, target.parent), log, "set cluster.scratch to a larger local disk", tick
+    )
     return Image(**{**asdict(image), "file": str(target), "built": True})
 
 

@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 _GUARD = "pipeline.containers.guard"
 
 
-def run_step(argv: list[str], env: Mapping[str, str], log: Path, remedy: str) -> None:
+def run_step(argv: list[str], env: Mapping[str, str], log: Path, remedy: str, tick: procs.Tick = lambda: None) -> None:
     """Run a step with its output appended to `log`; a failure names the last line that it wrote."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -20,6 +20,7 @@ def run_step(argv: list[str], env: Mapping[str, str], log: Path, remedy: str) ->
         process = procs.spawn(argv, env=env, output=output)
         try:
             while process.poll() is None:
+                tick()
                 time.sleep(0.05)
         except BaseException:
             procs.end_tree(process, grace_s=2.0)

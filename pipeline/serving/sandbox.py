@@ -95,10 +95,11 @@ def fetch(config: Config, log: Path, note: Note, fresh: bool = False) -> dict[st
 
 
 @contextlib.contextmanager
-def open_sandbox(values: Mapping[str, Any], log: Path) -> Iterator[Engine]:
+def open_sandbox(values: Mapping[str, Any], log: Path, tick: procs.Tick = lambda: None) -> Iterator[Engine]:
     """The engine that the sandbox stage's values describe, while the block runs; UserError when its files are gone.
 
-    With `unpack_on_node` the image is unpacked on this node's own disk first, and removed in the end.
+    With `unpack_on_node` the image is unpacked on this node's own disk first, and removed in the end; `tick` is called
+    a few times a second meanwhile.
     """
     folder = Path(values["path"])
     if values["engine"] == "venv":
@@ -118,7 +119,7 @@ def open_sandbox(values: Mapping[str, Any], log: Path) -> Iterator[Engine]:
     with contextlib.ExitStack() as stack:
         if values.get("unpack_on_node"):
             place = stack.enter_context(tempfile.TemporaryDirectory(prefix="hh-image-", ignore_cleanup_errors=True))
-            image = images.unpack(image, Path(place) / "image", log)
+            image = images.unpack(image, Path(place) / "image", log, tick)
         yield Apptainer(image.file, name=image.engine, packages=site)
 
 

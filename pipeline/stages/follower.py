@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import time
@@ -41,7 +42,8 @@ def follow_leader(run: RunDir, config: Config, names: tuple[str, ...], nodes: No
             train_devices, server_devices = share_devices(config, names)
             server = None
             if "serve" in names:
-                server = stack.enter_context(supervised(run, config, server_devices, index=nodes.rank, wait=False))
+                beat = functools.partial(meeting.beat, nodes.rank)
+                server = stack.enter_context(supervised(run, config, server_devices, index=nodes.rank, tick=beat))
 
             def tick() -> None:
                 meeting.beat(nodes.rank)

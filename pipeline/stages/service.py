@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
+from pipeline.procs import Tick
 from pipeline.run import endpoint
 from pipeline.run.directory import RunDir
 from pipeline.scheduler.state import recorded_state, resolve, set_state
@@ -54,7 +55,7 @@ def serve_train(context: Context, submission: str, reason: str, forced: bool, no
 
     try:
         train_devices, server_devices = share_devices(context.config, ("serve", "train"))
-        with supervised(run, context.config, server_devices, wait=False) as server:
+        with supervised(run, context.config, server_devices, tick=_leaders_beat(Meeting(run), nodes)) as server:
             environment = {endpoint.WAIT_VARIABLE: str(serving.start_timeout_s)}
             run_stage(context, "train", submission, reason, train_devices, environment, tick, forced, nodes)
     except Superseded:
@@ -100,12 +101,15 @@ def serve_alone(run: RunDir, config: Config, submission: Submission, nodes: Node
     devices = share_devices(config, ("serve",))[1]
     if nodes.count > 1:
         meeting.call(Rendezvous("serve", 0, "", "", 0, 0))
+    beat, announced = _leaders_beat(meeting, nodes), False
     try:
-        with supervised(run, config, devices) as server:
-            set_state(run, "serve", submission.id, "running", f"TRITON_HOST={server.triton_host}")
+        with supervised(run, config, devices, tick=beat) as server:
             while not over():
+                beat()  # a model may take longer to load than other nodes wait for a word
                 server.tick()
-                meeting.beat(0) if nodes.count > 1 else None
+                if server.up and not announced:
+                    announced = True
+                    set_state(run, "serve", submission.id, "running", f"TRITON_HOST={server.triton_host}")
                 time.sleep(0.2)
     finally:
         meeting.end()
@@ -131,11 +135,24 @@ def _training_over(run: RunDir, submission: Submission) -> Callable[[], bool]:
     return over
 
 
+def _leaders_beat(meeting: Meeting, nodes: Nodes) -> Tick:
+    """What shows the other nodes that this one lives; on one node nobody waits for that."""
+
+    def beat() -> None:
+        if nodes.count > 1:
+            meeting.beat(0)
+
+    return beat
+
+
 @contextlib.contextmanager
 def supervised(
-    run: RunDir, config: Config, devices: tuple[str, ...], *, index: int = 0, wait: bool = True
+    run: RunDir, config: Config, devices: tuple[str, ...], *, index: int = 0, tick: Tick = lambda: None
 ) -> Iterator[Supervisor]:
-    """The run's reward server while the block runs; `index` tells the servers of several nodes apart."""
+    """The run's reward server while the block runs, which ticks it; it is not waited for.
+
+    `index` tells the servers of several nodes apart; `tick` is called while an image is unpacked, which takes minutes.
+    """
     from pipeline.serving.sandbox import open_sandbox
     from pipeline.serving.supervisor import supervise  # brings gRPC: not needed while a job waits
 
@@ -146,8 +163,8 @@ def supervised(
     job_id = os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID") or str(os.getpid())
     os.environ |= OFFLINE  # this process and the server: neither has anything to ask the hub
     log_path = folder / ("tritonserver.log" if index == 0 else f"tritonserver-{index}.log")
-    with open_sandbox(run.values("sandbox"), log_path) as engine:
-        serving = supervise(run, with_bind(config), engine, devices, log_path, job_id, wait=wait, index=index)
+    with open_sandbox(run.values("sandbox"), log_path, tick) as engine:
+        serving = supervise(run, with_bind(config), engine, devices, log_path, job_id, wait=False, index=index)
         with serving as supervisor:
             yield supervisor
 
