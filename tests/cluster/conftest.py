@@ -50,7 +50,7 @@ def finished(slurm: MiniSlurm, tmp_path_factory: pytest.TempPathFactory) -> Path
     done = submit(run, "--cluster", profile, "--no-follow", overrides=CHAIN_SETTINGS, env=slurm.environment)
     assert done.status == 0, done.err
     assert len(slurm.command("squeue", "-h").splitlines()) == 7  # the server shares its training's job
-    wait_for(lambda: not slurm.command("squeue", "-h").strip(), "the chain to end", 300)
+    wait_for(lambda: not slurm.command("squeue", "-h").strip(), "the chain to end", 600)
     return run
 
 

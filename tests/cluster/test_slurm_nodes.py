@@ -37,7 +37,8 @@ def power_off(slurm: MiniSlurm, node: str) -> None:
         kill(
             lambda line, _, job=job: line.startswith(f"slurmstepd: [{job}.".encode())
         )  # so that nobody reports the rest
-    kill(lambda _, environment: f"SLURMD_NODENAME={node}".encode() in environment)
+    mine = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={slurm.folder / 'slurm.conf'}".encode()}
+    kill(lambda _, environment: mine <= set(environment))
     slurm.command("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
 
 

@@ -44,7 +44,8 @@ def test_a_server_in_its_own_job_moves_to_another_node_and_the_training_goes_on(
     slurm.command("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
     try:
         slurm.command("scontrol", "requeue", server)
-        wait_for(lambda: not before_is(run, before), "the server's endpoint to change", 60)
+        wait_for(lambda: not before_is(run, before), "the server's endpoint to change", 180)
+        assert slurm.command("squeue", "-h", "-o", "%N", "-j", server).strip() not in ("", node)
         assert follower.wait(240) == 0
     finally:
         slurm.command("scontrol", "update", f"NodeName={node}", "State=RESUME")
@@ -58,7 +59,7 @@ def test_a_server_in_its_own_job_moves_to_another_node_and_the_training_goes_on(
 
 def before_is(run: Path, before: endpoint.Endpoint) -> bool:
     now = endpoint.read(RunDir(run))
-    return now is None or (now.triton_host, now.pid) == (before.triton_host, before.pid)
+    return now is None or now.triton_host == before.triton_host  # another port, too
 
 
 def refuses_strangers(published: endpoint.Endpoint) -> None:

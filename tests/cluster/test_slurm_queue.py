@@ -39,7 +39,7 @@ def job_ids(slurm: MiniSlurm) -> list[str]:
 
 def test_held_waiting_running_and_cancelled_jobs_are_told_apart(slurm: MiniSlurm, tmp_path: Path) -> None:
     run = tmp_path / "a run"
-    held = profile(slurm.folder, "held", extra={"hold": True}, setup=["sleep 5"])
+    held = profile(slurm.folder, "held", extra={"hold": True}, setup=["sleep 60"])
     stages = ("--stage", "prefetch,sft", "--no-follow", "--cluster", held)
     done = submit(run, *stages, overrides=CHAIN_SETTINGS)
     assert done.status == 0, done.err
