@@ -51,7 +51,8 @@ def fetch(source: Source, cache: Path, note: Note, fresh: bool = False) -> str:
         layout = _layout(cache, digest)
         layout.mkdir(parents=True, exist_ok=True)
         with exclusive(layout.with_suffix(".lock"), f"fetching {source.reference}"):
-            registry.fetch(source.reference, digest, layout, note)
+            if _origin(source, digest, cache) is None:  # else another run has fetched it meanwhile
+                registry.fetch(source.reference, digest, layout, note)
     return digest
 
 
@@ -66,23 +67,24 @@ def make(source: Source, engine: str, folder: bool, cache: Path, log: Path, note
     if source.kind == "folder" or (source.kind == "sif" and not folder):
         return Image(engine, source.text, digest, built=False)  # it is what is wanted already: used where it is
 
+    layout = _layout(cache, digest)
+
     def build(target: Path) -> dict[str, str]:
         note(f"building {'a sandbox' if folder else 'a .sif file'} of {source.text}")
-        origin = _origin(source, digest, cache)
-        assert origin is not None, "it was fetched above"
-        run_step(
-            guarded(build_argv(engine, origin, target / _name(folder), folder)),
-            build_environment(os.environ, cache),
-            log,
-            _build_remedy(folder),
-        )
+        with exclusive(layout.with_suffix(".lock"), f"building from {layout.name}"):
+            origin = _origin(source, digest, cache)
+            assert origin is not None, "it was fetched above"
+            argv = guarded(build_argv(engine, origin, target / _name(folder), folder))
+            run_step(argv, build_environment(os.environ, cache), log, _build_remedy(folder))
         manifest = {"source": source.text, "digest": digest, "engine": f"{engine} {version(engine)}"}
         atomic.write_json(target / MANIFEST, manifest)
         return manifest
 
     entry = _entry(cache, digest, folder)
     path, _, built = cached(entry.parent, entry.name, build, lambda made: (made / _name(folder)).exists())
-    shutil.rmtree(_layout(cache, digest), ignore_errors=True)  # as large as the image, and not needed any more
+    if layout.exists():  # as large as the image, and not needed any more, once nobody builds from it
+        with exclusive(layout.with_suffix(".lock"), f"removing {layout.name}"):
+            shutil.rmtree(layout, ignore_errors=True)
     return Image(engine, str(path / _name(folder)), digest, built)
 
 
@@ -116,8 +118,9 @@ def _pinned(reference: registry.Reference, cache: Path, fresh: bool) -> str:
     pins: dict[str, str] = atomic.read_json(cache / _PINS) or {}
     if fresh or str(reference) not in pins:
         digest = registry.resolve(reference)
-        pins = {**(atomic.read_json(cache / _PINS) or {}), str(reference): digest}
-        atomic.write_json(cache / _PINS, pins)
+        with exclusive(cache / f"{_PINS}.lock", "pinning an image"):
+            pins = {**(atomic.read_json(cache / _PINS) or {}), str(reference): digest}
+            atomic.write_json(cache / _PINS, pins)
     return pins[str(reference)]
 
 
