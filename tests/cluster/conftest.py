@@ -34,12 +34,17 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MiniSlurm]:
 
 
 @pytest.fixture(autouse=True)
-def on_the_login_node(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only for the test's own time: the cluster lives on while tests of other folders run."""
-    if "slurm" in request.fixturenames:
-        cluster: MiniSlurm = request.getfixturevalue("slurm")
-        for name, value in cluster.environment.items():
-            monkeypatch.setenv(name, value)
+def on_the_login_node(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Only for the test's own time: the cluster lives on while tests of other folders run. What a test that failed left
+    in the queue is not the next one's."""
+    if "slurm" not in request.fixturenames:
+        yield
+        return
+    cluster: MiniSlurm = request.getfixturevalue("slurm")
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    yield
+    cluster.clear()
 
 
 @pytest.fixture(scope="session")

@@ -70,6 +70,12 @@ class MiniSlurm:
             self.folder,
         )
 
+    def clear(self) -> None:
+        """Cancel what is in the queue, if anything is, and wait until it is empty."""
+        if self.command("squeue", "-h").strip():
+            self.command("scancel", f"--user={self.user.uid if self.user else os.getuid()}")
+            _wait(lambda: not self.command("squeue", "-h").strip(), "jobs to end", self.folder)
+
     def stop(self) -> None:
         """Cancel what runs and end the daemons."""
         try:

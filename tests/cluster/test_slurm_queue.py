@@ -49,13 +49,14 @@ def test_held_waiting_running_and_cancelled_jobs_are_told_apart(slurm: MiniSlurm
     )
     assert line_of(run, "sft").endswith(f"scontrol release {second}")
     slurm.command("scontrol", "release", second)
-    assert line_of(run, "sft").endswith(f"job {second} waits for the jobs before it (Dependency)")
+    waits = f"job {second} waits for the jobs before it (Dependency)"  # which Slurm says once it has looked at it
+    wait_for(lambda: line_of(run, "sft").endswith(waits), "the reason", 60)
     slurm.command("scontrol", "release", first)
     wait_for(lambda: f"job {first} on n1, 29 min left" in line_of(run, "prefetch"), "the first job to run", 60)
     slurm.command("scancel", first)
     wait_for(lambda: not job_ids(slurm), "Slurm to end both")
     assert f"job {first}: it was cancelled by scancel" in line_of(run, "prefetch")
-    assert line_of(run, "sft").endswith("prefetch failed")
+    assert line_of(run, "sft").endswith("prefetch cancelled")
 
 
 def test_a_job_asking_for_more_than_the_partition_gives_is_shown_as_stuck(slurm: MiniSlurm, tmp_path: Path) -> None:
