@@ -66,16 +66,18 @@ def run_job(run_dir: str, stages: str, submission_id: str) -> str:
     if slurm.job_id() is not None:
         started = time.time()
         signal.signal(signal.SIGTERM, lambda signum, frame: _end(run, submission_id, names, started))
-        _forget_request(run)
+        if "train" in names:  # a server that comes back first must not take the training's request away
+            _forget_request(run)
         # In place of submitit's handler, which asks Slurm to end the job before the training has saved.
         signal.signal(signal.SIGUSR2, lambda signum, frame: _ask_to_save(run, names))
     os.environ[procs.RUN_MARK] = str(run.root)
     os.environ[procs.STAGE_MARK] = stages
     kills = oom.kills()
+    # A job that has no business here says so and writes nothing: the states are another's.
+    submission = _adopt(run, _wait_for_record(run, submission_id), names)
+    job = submission.job_of(names[0])
+    assert job is not None
     try:
-        submission = _adopt(run, _wait_for_record(run, submission_id), names)
-        job = submission.job_of(names[0])
-        assert job is not None
         if not _wait_for_parents(run, submission, job):
             return "cancelled"
         # An earlier attempt's processes cannot outlive it, but a killed one may be a moment in dying.
