@@ -55,14 +55,14 @@ def finished(slurm: MiniSlurm, tmp_path_factory: pytest.TempPathFactory) -> Path
     done = submit(run, "--cluster", profile, "--no-follow", overrides=CHAIN_SETTINGS, env=slurm.environment)
     assert done.status == 0, done.err
     assert len(slurm.command("squeue", "-h").splitlines()) == 7  # the server shares its training's job
-    wait_for(lambda: not slurm.command("squeue", "-h").strip(), "the chain to end", 600)
+    wait_for(slurm.empty, "the chain to end", 600)
     return run
 
 
 @pytest.fixture(scope="session")
 def user() -> OrdinaryUser:
     """Who runs Apptainer; the test is skipped where that cannot be."""
-    missing = [name for name in ("apptainer", "unsquashfs", "newuidmap") if shutil.which(name) is None]
+    missing = [name for name in ("apptainer", "unsquashfs", "squashfuse", "newuidmap") if shutil.which(name) is None]
     reason = f"not installed: {', '.join(missing)}; see .ci/apptainer" if missing else missing_user()
     if reason and "CI" not in os.environ:
         pytest.skip(reason)

@@ -70,17 +70,26 @@ class MiniSlurm:
             self.folder,
         )
 
+    def empty(self) -> bool:
+        """Whether no job waits or runs. A controller that does not answer says nothing, not even the heading."""
+        return len(self.command("squeue").splitlines()) == 1
+
+    def job_ids(self, name: str | None = None) -> list[str]:
+        """The jobs in the queue, or those with a name, in the order in which they were submitted."""
+        named = ("-n", name) if name else ()
+        return sorted(self.command("squeue", "-h", "-o", "%i", *named).split(), key=int)
+
     def clear(self) -> None:
         """Cancel what is in the queue, if anything is, and wait until it is empty."""
-        if self.command("squeue", "-h").strip():
+        if not self.empty():
             self.command("scancel", f"--user={self.user.uid if self.user else os.getuid()}")
-            _wait(lambda: not self.command("squeue", "-h").strip(), "jobs to end", self.folder)
+            _wait(self.empty, "jobs to end", self.folder)
 
     def stop(self) -> None:
         """Cancel what runs and end the daemons."""
         try:
             self.command("scancel", f"--user={self.user.uid if self.user else os.getuid()}")
-            _wait(lambda: not self.command("squeue", "-h").strip(), "jobs to end", self.folder)
+            _wait(self.empty, "jobs to end", self.folder)
         finally:
             for daemon in reversed(self.daemons.values()):
                 daemon.terminate()

@@ -80,7 +80,7 @@ def test_a_users_own_slurm_runs_its_jobs_with_this_interpreter_and_apptainer(
     (folder / "job.sh").write_text(f'#!/bin/bash\n"{sys.executable}" -c "{look}"\n{version}\n')
     output = folder / "job.out"
     cluster_of_the_user.command("sbatch", "--gres=gpu:8", f"--output={output}", str(folder / "job.sh"))
-    wait_for(lambda: not cluster_of_the_user.command("squeue", "-h").strip(), "the job to end")
+    wait_for(cluster_of_the_user.empty, "the job to end")
     assert output.read_text().splitlines() == [f"{user.uid} 0,1,2,3,4,5,6,7", "2.51.0"]
 
 

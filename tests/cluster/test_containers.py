@@ -67,7 +67,7 @@ class Site:
         return done.stdout + done.stderr
 
     def wait(self) -> None:
-        wait_for(lambda: not self.cluster.command("squeue", "-h").strip(), "the jobs to end", 400)
+        wait_for(self.cluster.empty, "the jobs to end", 600)
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,7 @@ def test_a_killed_training_is_seen_and_what_waits_for_it_is_cancelled(
     status = command("status", run).out
     assert "train        failed" in status
     assert "evaluate     cancelled" in status
-    wait_for(lambda: not slurm.command("squeue", "-h").strip(), "the jobs to leave the queue")
+    wait_for(slurm.empty, "the jobs to leave the queue")
     wait_for(lambda: not pids_running(run), "every process to end", 20)
 
 
@@ -89,6 +89,6 @@ def test_cancel_ends_the_jobs_and_those_that_wait_for_them(slurm: MiniSlurm, fin
     cancelled = command("cancel", run)
     assert cancelled.status == 0, cancelled.err
     assert "cancelled serve, train, evaluate" in cancelled.out
-    assert not slurm.command("squeue", "-h").strip()
-    assert follower.wait(60) == 1
+    assert slurm.empty()
+    assert follower.wait(120) == 1
     wait_for(lambda: nothing_left(run), "every process to end", 20)

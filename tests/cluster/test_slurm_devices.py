@@ -71,7 +71,7 @@ def test_a_job_that_sees_fewer_gpus_than_it_asked_for_says_so_and_starts_nothing
     blind = with_gpus(slurm.folder, "blind", 8, visible, node="n2")
     arguments = ("--stage", "serve,train,evaluate", "--cluster", blind, "--no-follow")
     assert submit(run, *arguments, overrides=CHAIN_SETTINGS).status == 0
-    wait_for(lambda: not slurm.command("squeue", "-h").strip(), "the jobs to leave the queue")
+    wait_for(slurm.empty, "the jobs to leave the queue")
     seen = states(run)
     count = len(visible.split(",")) if "," in visible else 0
     assert seen["train"] == (

@@ -47,7 +47,7 @@ def test_a_profile_is_drafted_that_sbatch_accepts(slurm: MiniSlurm, tmp_path: Pa
     accepted = [line for line in lines(findings, "ok") if line.startswith("sbatch accepts")]
     assert len(accepted) == 1
     assert "serve+train" in accepted[0]
-    assert not slurm.command("squeue", "-h").strip()  # nothing was submitted
+    assert slurm.empty()  # nothing was submitted
     assert not (tmp_path / "run").exists()
 
 
@@ -74,7 +74,7 @@ def test_every_impossible_wish_is_found_with_its_key_and_remedy(slurm: MiniSlurm
     found = lines(examine(tmp_path, "--cluster", path), "fail")
     assert "cluster.partition: Slurm has no partition shor (did you mean 'short'?)" in found[0]
     assert "look at cluster.partition" in found[1]
-    assert not slurm.command("squeue", "-h").strip()
+    assert slurm.empty()
 
 
 def test_the_doctor_runs_inside_a_job_too(slurm: MiniSlurm, tmp_path: Path) -> None:

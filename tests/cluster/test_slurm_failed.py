@@ -16,10 +16,6 @@ from pipeline.scheduler import submission as submissions
 pytestmark = [pytest.mark.slurm, pytest.mark.triton, pytest.mark.chain]
 
 
-def queue_empty(slurm: MiniSlurm) -> bool:
-    return not slurm.command("squeue", "-h").strip()
-
-
 def test_a_broken_data_file_fails_its_stage_and_what_waits_for_it_leaves_the_queue(
     slurm: MiniSlurm, tmp_path: Path
 ) -> None:
@@ -31,7 +27,7 @@ def test_a_broken_data_file_fails_its_stage_and_what_waits_for_it_leaves_the_que
     settings = (*CHAIN_SETTINGS, f"data.source={rows}")
     done = submit(run, "--cluster", slurm.folder / "profile.yaml", "--no-follow", overrides=settings)
     assert done.status == 0, done.err
-    wait_for(lambda: queue_empty(slurm), "the dependents to leave the queue")
+    wait_for(slurm.empty, "the dependents to leave the queue")
     seen = states(run)
     reason = "not valid JSON (Expecting ',' delimiter: line 2 column 1 (char 25)); correct or remove the line"
     assert seen.pop("prefetch") == ("failed", f"{rows / 'train.jsonl'}:1: {reason}")
@@ -50,7 +46,7 @@ def test_a_failed_stages_script_can_be_submitted_again_by_hand_and_then_those_be
     data.write_bytes(b"x" * len(whole))
     arguments = ("--cluster", slurm.folder / "profile.yaml", "--no-follow")
     assert submit(run, *arguments, overrides=CHAIN_SETTINGS).status == 0
-    wait_for(lambda: queue_empty(slurm), "the dependents to leave the queue")
+    wait_for(slurm.empty, "the dependents to leave the queue")
     seen = states(run)
     assert (seen["sft"][0], "train.jsonl" in seen["sft"][1]) == ("failed", True), seen
     assert (seen["train"], seen["evaluate"]) == (("cancelled", "sft failed"),) * 2
@@ -60,7 +56,7 @@ def test_a_failed_stages_script_can_be_submitted_again_by_hand_and_then_those_be
     for job in submission.jobs:
         (script,) = run.glob(f"jobs/{submission.id}-{job.name}/*_submission.sh")
         assert slurm.command("sbatch", str(script)).startswith("Submitted batch job")
-        wait_for(lambda: queue_empty(slurm), f"{job.name} to end")
+        wait_for(slurm.empty, f"{job.name} to end")
     seen = states(run)
     assert (seen["sft"][0], seen["evaluate"][0]) == ("done", "done")
     assert [seen[stage][0] for stage in ("reward-model", "convert", "train")] == ["skipped"] * 3  # of the same content
@@ -82,7 +78,7 @@ def test_a_cancelled_job_that_waits_takes_those_behind_it_along_and_no_others(
     arguments = ("--cluster", slurm.folder / "profile.yaml", "--no-follow")
     assert submit(run, *arguments, overrides=CHAIN_SETTINGS).status == 0
     slurm.command("scancel", "--state=PENDING", "--name=hh-serve+train")
-    wait_for(lambda: queue_empty(slurm), "the jobs to leave the queue")
+    wait_for(slurm.empty, "the jobs to leave the queue")
     seen = states(run)
     assert seen["convert"][0] == "done"
     assert (seen["train"][0], "it was cancelled by scancel" in seen["train"][1]) == ("cancelled", True), seen
@@ -97,7 +93,7 @@ def test_a_cancelled_server_in_its_own_job_ends_the_training_that_it_served(
     assert submit(run, *arguments, overrides=CHAIN_SETTINGS).status == 0
     wait_for(lambda: list(run.glob("checkpoints/*/step-00000004")), "the first checkpoint")
     slurm.command("scancel", "--name=hh-serve")
-    wait_for(lambda: queue_empty(slurm), "the jobs to leave the queue")
+    wait_for(slurm.empty, "the jobs to leave the queue")
     seen = states(run)
     assert seen["serve"][0] == "cancelled"
     assert (seen["train"][0], "its reward server is gone: serve cancelled" in seen["train"][1]) == ("failed", True), (
@@ -131,8 +127,15 @@ def test_commands_take_a_path_with_whatever_a_shell_or_slurm_finds_special(slurm
     assert (status.status, states(run)["prefetch"][0], states(run)["sft"][0]) == (0, "done", "running"), status
     assert (logs.status, "96 training and 24 test pairs" in logs.out) == (0, True), logs
     assert "cancelled sft" in command("cancel", run).out
-    assert queue_empty(slurm)
+    assert slurm.empty()
     wait_for(lambda: nothing_left(run), "every process to end", 20)
-    for name in ("a\nb", "a\\b"):
-        refused = submit(tmp_path / name, *arguments, overrides=CHAIN_SETTINGS)
-        assert (refused.status, "choose a path without it" in refused.err) == (2, True), refused
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("a\nb", "an sbatch script holds no control character"), ("a\\b", "Slurm gives % and \\ a meaning")],
+)
+def test_a_path_that_no_script_can_carry_is_refused(slurm: MiniSlurm, tmp_path: Path, name: str, reason: str) -> None:
+    refused = submit(tmp_path / name, "--cluster", slurm.folder / "profile.yaml", overrides=CHAIN_SETTINGS)
+    assert (refused.status, reason in refused.err) == (2, True), refused
+    assert "choose a path without it" in refused.err

@@ -62,7 +62,7 @@ def test_a_chain_whose_every_stage_is_killed_and_cancelled_ends_as_an_undisturbe
             assert done.status == 0, done.err
             for job in jobs:
                 strike(slurm, run, job)
-            wait_for(lambda: not slurm.command("squeue", "-h").strip(), "the dependents to leave the queue")
+            wait_for(slurm.empty, "the dependents to leave the queue")
             wait_for(lambda: nothing_left(run), "every process to end", 30)
             seen = states(run)
             for stage in (stage for job in jobs for stage in job.split("+") if stage != "serve"):

@@ -73,7 +73,7 @@ def test_when_a_node_dies_its_training_goes_on_elsewhere_or_is_seen_as_lost(
         wait_for(lambda: states(lost)["evaluate"][0] == "cancelled", "the lost run's end")
         seen = states(lost)
         assert (seen["train"][0], "its node failed" in seen["train"][1]) == ("failed", True), seen
-        wait_for(lambda: not slurm.command("squeue", "-h").strip(), "the other run to end", 240)
+        wait_for(slurm.empty, "the other run to end", 240)
     finally:
         slurm.start_daemon("n1")
         slurm.command("scontrol", "update", "NodeName=n1", "State=RESUME")

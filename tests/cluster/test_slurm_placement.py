@@ -19,10 +19,6 @@ from pipeline.run.directory import RunDir
 pytestmark = [pytest.mark.slurm, pytest.mark.triton, pytest.mark.chain]
 
 
-def job_ids(slurm: MiniSlurm, name: str) -> list[str]:
-    return slurm.command("squeue", "-h", "-o", "%i", "-n", name).split()
-
-
 def test_a_server_in_its_own_job_moves_to_another_node_and_the_training_goes_on(
     slurm: MiniSlurm, finished: Path, tmp_path: Path
 ) -> None:
@@ -39,7 +35,7 @@ def test_a_server_in_its_own_job_moves_to_another_node_and_the_training_goes_on(
     assert before is not None
     refuses_strangers(before)
 
-    (server,) = job_ids(slurm, "hh-serve")
+    (server,) = slurm.job_ids("hh-serve")
     node = slurm.command("squeue", "-h", "-o", "%N", "-j", server).strip()
     slurm.command("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
     try:
@@ -51,7 +47,7 @@ def test_a_server_in_its_own_job_moves_to_another_node_and_the_training_goes_on(
         slurm.command("scontrol", "update", f"NodeName={node}", "State=RESUME")
     assert [path.name for path in (run / "stages" / "train" / "attempts").iterdir()] == ["0001"]  # it was not disturbed
     assert policy_sha256(run) == policy_sha256(finished)
-    wait_for(lambda: not slurm.command("squeue", "-h").strip(), "the server to end with its training", 60)
+    wait_for(slurm.empty, "the server to end with its training", 180)
     status = command("status", run).out
     assert "ended with the training that it served" in status
     wait_for(lambda: nothing_left(run), "every process to end", 20)
@@ -93,8 +89,8 @@ def test_a_training_spreads_over_two_nodes_with_a_server_on_each(
     assert len(endpoint.read_all(RunDir(run))) == 2
     launchers = pids_running(run, "pipeline.training.launch")
     assert sorted(environment_of(pid)["SLURMD_NODENAME"] for pid in launchers) == ["n1", "n2"]
-    slurm.command("scontrol", "requeue", job_ids(slurm, "hh-serve+train")[0])
-    wait_for((run / "stages" / "train" / "attempts" / "0002").exists, "the second segment", 60)
+    slurm.command("scontrol", "requeue", slurm.job_ids("hh-serve+train")[0])
+    wait_for((run / "stages" / "train" / "attempts" / "0002").exists, "the second segment", 180)
     assert follower.wait(300) == 0
     values = RunDir(run).values("train")
     assert values["reward_mean_last"] == pytest.approx(RunDir(finished).values("train")["reward_mean_last"], abs=1e-3)

@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
-from helpers_cluster import CHAIN_SETTINGS, PROFILE
+from helpers_cluster import CHAIN_SETTINGS, profile, separate
 from helpers_jobs import command, nothing_left, start, submit, until_training, wait_for
 from mini_slurm import MiniSlurm
 
@@ -20,21 +19,10 @@ from pipeline.scheduler.submission import SUBMITTING_S
 pytestmark = pytest.mark.slurm
 
 
-def profile(folder: Path, name: str, **changes: object) -> Path:
-    """The tests' profile with some keys changed, as a file."""
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump({**PROFILE, "name": name, **changes}))
-    return path
-
-
 def line_of(run: Path, stage: str) -> str:
     """The stage's line of the status table."""
     lines = command("status", run).out.splitlines()
     return next((line for line in lines if line[2:].startswith(f"{stage} ")), "")
-
-
-def job_ids(slurm: MiniSlurm) -> list[str]:
-    return sorted(slurm.command("squeue", "-h", "-o", "%i").split(), key=int)
 
 
 def test_held_waiting_running_and_cancelled_jobs_are_told_apart(slurm: MiniSlurm, tmp_path: Path) -> None:
@@ -43,7 +31,7 @@ def test_held_waiting_running_and_cancelled_jobs_are_told_apart(slurm: MiniSlurm
     stages = ("--stage", "prefetch,sft", "--no-follow", "--cluster", held)
     done = submit(run, *stages, overrides=CHAIN_SETTINGS)
     assert done.status == 0, done.err
-    first, second = job_ids(slurm)
+    first, second = slurm.job_ids()
     assert line_of(run, "prefetch").endswith(
         f"job {first} is held (JobHeldUser); let it go on with: scontrol release {first}"
     )
@@ -54,7 +42,7 @@ def test_held_waiting_running_and_cancelled_jobs_are_told_apart(slurm: MiniSlurm
     slurm.command("scontrol", "release", first)
     wait_for(lambda: f"job {first} on n1, 29 min left" in line_of(run, "prefetch"), "the first job to run", 60)
     slurm.command("scancel", first)
-    wait_for(lambda: not job_ids(slurm), "Slurm to end both")
+    wait_for(slurm.empty, "Slurm to end both")
     assert f"job {first}: it was cancelled by scancel" in line_of(run, "prefetch")
     assert line_of(run, "sft").endswith("prefetch cancelled")
 
@@ -73,7 +61,7 @@ def test_a_job_asking_for_more_than_the_partition_gives_is_shown_as_stuck(slurm:
             tmp_path / "run", "prefetch"
         )
         assert "cancelled prefetch" in command("cancel", tmp_path / "run").out
-        assert not job_ids(slurm)
+        assert slurm.empty()
     finally:
         slurm.command("scontrol", "update", "PartitionName=gpu", "MaxTime=INFINITE")
 
@@ -84,7 +72,10 @@ def deadly_sbatch(folder: Path, at: int) -> dict[str, str]:
     folder.mkdir()
     (folder / "sbatch").write_text(
         f"#!/bin/bash\n{real} \"$@\" || exit\necho >> '{count}'\n"
-        f"[ $(wc -l < '{count}') -lt {at} ] || kill -9 $PPID $(ps -o ppid= -p $PPID)\n"
+        f"[ $(wc -l < '{count}') -lt {at} ] && exit\n"
+        "for pid in $PPID $(sed -n 's/^PPid:\\t//p' /proc/$PPID/status); do\n"
+        "    grep --quiet pipeline.submit /proc/$pid/cmdline && kill -9 $pid\n"
+        "done\n"
     )
     (folder / "sbatch").chmod(0o755)
     return {"PATH": f"{folder}:{os.environ['PATH']}"}
@@ -96,7 +87,7 @@ def test_a_job_that_its_submitter_could_not_record_is_found_and_not_repeated(slu
     stages = ("--stage", "prefetch,sft,reward-model", "--no-follow", "--cluster", held)
     submitted = submit(run, *stages, overrides=CHAIN_SETTINGS, env=deadly_sbatch(tmp_path / "bin", at=2))
     assert submitted.status == -9
-    first, second = job_ids(slurm)
+    first, second = slurm.job_ids()
     recorded = submissions.read(RunDir(run))
     assert recorded is not None
     assert [job.job_id for job in recorded.jobs] == [first, None, None]
@@ -104,24 +95,23 @@ def test_a_job_that_its_submitter_could_not_record_is_found_and_not_repeated(slu
     assert f"job {second} is held" in line_of(run, "sft")
     again = submit(run, *stages, overrides=CHAIN_SETTINGS)
     assert (again.status, "are running already" in again.out) == (0, True), again.err
-    assert job_ids(slurm) == [first, second]
+    assert slurm.job_ids() == [first, second]
     recorded = submissions.read(RunDir(run))
     assert recorded is not None
     assert [job.job_id for job in recorded.jobs] == [first, second, None]
     assert "cancelled prefetch, sft" in command("cancel", run).out
-    assert not job_ids(slurm)
+    assert slurm.empty()
 
 
 @pytest.mark.triton
 @pytest.mark.chain
 def test_cancel_reaches_the_server_job_and_what_waits_for_it(slurm: MiniSlurm, finished: Path, tmp_path: Path) -> None:
     run = until_training(finished, tmp_path / "run")
-    stages = {"serve": {"time_min": 60, "cpus": 4, "mem_gb": 16, "gpus": 1}, "train": {"time_min": 60, "gpus": 7}}
-    two_jobs = profile(slurm.folder, "two-jobs", placement="separate", stages=stages)
-    follower = start(run, "--stage", "serve,train,evaluate", "--cluster", two_jobs, overrides=CHAIN_SETTINGS)
+    arguments = ("--stage", "serve,train,evaluate", "--cluster", separate(slurm.folder))
+    follower = start(run, *arguments, overrides=CHAIN_SETTINGS)
     wait_for(lambda: "TRITON_HOST=" in line_of(run, "serve"), "the server", 120)
     assert " on n" in line_of(run, "serve")
     assert "cancelled serve, train, evaluate" in command("cancel", run).out
-    assert not job_ids(slurm)
-    assert follower.wait(60) == 1
+    assert slurm.empty()
+    assert follower.wait(120) == 1
     wait_for(lambda: nothing_left(run), "every process to end", 30)

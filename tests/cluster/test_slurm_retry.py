@@ -70,7 +70,7 @@ def told(run: Path) -> list[str]:
     return [event["reason"] for event in events.read(RunDir(run)) if event["event"] == "retry"]
 
 
-def job_ids(run: Path) -> list[str]:
+def submitted(run: Path) -> list[str]:
     """The jobs of the run's submission, in order."""
     submission = submissions.read(RunDir(run))
     assert submission is not None
@@ -137,8 +137,8 @@ def test_a_cancelled_job_is_never_tried_again(slurm: MiniSlurm, site: Path, tmp_
     run, path = tmp_path / "run", profile(site, "slow@pipeline.data.prefetch")
     follower = start(run, "--cluster", path, "--stage", "prefetch,sft")
     wait_for(lambda: pids_running(run, "pipeline.data.prefetch"), "the stage to start")
-    slurm.command("scancel", job_ids(run)[0])
-    assert follower.wait(60) == 1
+    slurm.command("scancel", submitted(run)[0])
+    assert follower.wait(120) == 1
     assert re.search(r"prefetch +cancelled", command("status", run).out)
     assert told(run) == []
     wait_for(lambda: nothing_left(run), "every process to end", 20)
@@ -182,8 +182,8 @@ def test_a_time_limit_shorter_than_the_training_makes_several_segments(
     for pid in ranks:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
-    (job, _) = job_ids(run)
-    wait_for(lambda: slurm.command("squeue", "-h", "-o", "%T", "-j", job).strip() == "PENDING", "the requeue", 60)
+    (job, _) = submitted(run)
+    wait_for(lambda: slurm.command("squeue", "-h", "-o", "%T", "-j", job).strip() == "PENDING", "the requeue", 180)
     slurm.command("scontrol", "update", f"JobId={job}", "TimeLimit=30")  # or a slow machine would need many more
     assert follower.wait(300) == 0
     assert told(run) == []  # a segment is no retry
@@ -194,7 +194,7 @@ def test_a_time_limit_shorter_than_the_training_makes_several_segments(
 
 def test_a_stage_out_of_time_tries_again_with_a_longer_limit(slurm: MiniSlurm, slow: Path) -> None:
     wait_for(lambda: told(slow), "the time limit", 180)
-    wait_for(lambda: not slurm.command("squeue", "-h", "-j", ",".join(job_ids(slow))).strip(), "its jobs to end", 180)
+    wait_for(lambda: not slurm.command("squeue", "-h", "-j", ",".join(submitted(slow))).strip(), "its jobs to end", 180)
     assert told(slow) == ["retry 1 of 2 with 2 min: it reached its time limit"]
     for stage in ("prefetch", "sft"):  # which waited
         assert RunDir(slow).outputs(stage) is not None
