@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -69,13 +70,27 @@ def start(run: Path, *arguments: object, overrides: tuple[str, ...] = TINY) -> s
     """The same, in the background."""
     settings = [part for override in overrides for part in ("--set", override)]
     argv = ["--preset", "demo", "--run-dir", str(run), *settings, *(str(argument) for argument in arguments)]
-    return subprocess.Popen(
+    follower = subprocess.Popen(
         [sys.executable, "-m", "pipeline.submit", *argv],
         cwd=ROOT,
         env=clean_environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+    _followers.append(follower)
+    return follower
+
+
+_followers: list[subprocess.Popen[bytes]] = []
+
+
+def end_followers() -> None:
+    """End those that a test which failed has left."""
+    while _followers:
+        follower = _followers.pop()
+        if follower.poll() is None:
+            follower.kill()
+            follower.wait()
 
 
 def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 120) -> None:
@@ -132,12 +147,16 @@ def pids_running(run: Path, *words: str) -> list[int]:
 
 def nothing_left(run: Path) -> bool:
     """Whether no process of the run lives, and no server left shared memory behind that nobody maps."""
-    return not procs.marked_pids(run) and not orphaned_regions()
+    return not procs.marked_pids(run) and not orphaned_regions(run.stat().st_uid)
 
 
-def orphaned_regions() -> list[str]:
-    """Shared memory of our servers that no process maps. Servers of tests beside this one do map theirs."""
-    regions = {str(path) for path in Path("/dev/shm").glob("triton_hh_*")}
+def orphaned_regions(user: int) -> list[str]:
+    """Shared memory that no process maps, of a user's servers that were started since these tests were."""
+    began, regions = procs.this_process().start, set()
+    for path in Path("/dev/shm").glob("triton_hh_*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_uid == user and int(path.name.split("_")[4]) >= began:  # its supervisor's start
+                regions.add(str(path))
     for maps in Path("/proc").glob("[0-9]*/maps") if regions else ():
         try:
             text = maps.read_text()

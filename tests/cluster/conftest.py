@@ -12,7 +12,7 @@ import registry
 import triton_image
 import yaml
 from helpers_cluster import CHAIN_SETTINGS, PROFILE
-from helpers_jobs import submit, wait_for
+from helpers_jobs import end_followers, submit, wait_for
 from mini_slurm import MiniSlurm, missing_programs
 from ordinary_user import OrdinaryUser, missing_user, remove
 from registry import Registry
@@ -44,6 +44,7 @@ def on_the_login_node(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
     yield
+    end_followers()
     cluster.clear()
 
 

@@ -74,22 +74,27 @@ class MiniSlurm:
         """Whether no job waits or runs. A controller that does not answer says nothing, not even the heading."""
         return len(self.command("squeue").splitlines()) == 1
 
-    def job_ids(self, name: str | None = None) -> list[str]:
-        """The jobs in the queue, or those with a name, in the order in which they were submitted."""
-        named = ("-n", name) if name else ()
-        return sorted(self.command("squeue", "-h", "-o", "%i", *named).split(), key=int)
+    def job_ids(self, *options: str) -> list[str]:
+        """The jobs in the queue, those that squeue's options choose, in the order in which they were submitted."""
+        return sorted(self.command("squeue", "-h", "-o", "%i", *options).split(), key=int)
 
     def clear(self) -> None:
-        """Cancel what is in the queue, if anything is, and wait until it is empty."""
-        if not self.empty():
-            self.command("scancel", f"--user={self.user.uid if self.user else os.getuid()}")
-            _wait(self.empty, "jobs to end", self.folder)
+        """Make it as it was at the start, where it is not: all daemons run, no jobs are left, no node is taken out."""
+        for name, daemon in self.daemons.items():
+            if daemon.poll() is not None:
+                self.start_daemon(name)
+        _wait(lambda: self.command("squeue"), "the controller", self.folder)
+        self._cancel_all()
+        out = set(self.command("sinfo", "-h", "-N", "-o", "%N", "-t", "down,drain,fail").split())
+        for name in out:
+            self.command("scontrol", "update", f"NodeName={name}", "State=RESUME")
+        if out:
+            self.wait_for_nodes()
 
     def stop(self) -> None:
-        """Cancel what runs and end the daemons."""
+        """Cancel what runs, and end the daemons and what is left of the jobs of nodes that were killed."""
         try:
-            self.command("scancel", f"--user={self.user.uid if self.user else os.getuid()}")
-            _wait(self.empty, "jobs to end", self.folder)
+            self._cancel_all()
         finally:
             for daemon in reversed(self.daemons.values()):
                 daemon.terminate()
@@ -98,8 +103,23 @@ class MiniSlurm:
                     daemon.wait(10)
                 except subprocess.TimeoutExpired:
                     daemon.kill()
+            self.kill_processes(lambda _, environment: True)
             if self.limits_memory:
                 _remove_groups(_group(self.folder))
+
+    def kill_processes(self, wanted: Callable[[bytes, set[bytes]], bool]) -> None:
+        """Kill those of this cluster's processes, daemons, steps and jobs, with such a command line and environment."""
+        mine = {f"{name}={value}".encode() for name, value in self.environment.items()}
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                environment = set((entry / "environ").read_bytes().split(b"\0"))
+                if mine <= environment and wanted((entry / "cmdline").read_bytes(), environment):
+                    os.kill(int(entry.name), signal.SIGKILL)
+
+    def _cancel_all(self) -> None:
+        if not self.empty():
+            self.command("scancel", f"--user={self.user.uid if self.user else os.getuid()}")
+            _wait(self.empty, "jobs to end", self.folder)
 
     def command(self, *argv: str) -> str:
         """The output of one of Slurm's commands."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,21 +30,10 @@ pytestmark = [pytest.mark.slurm, pytest.mark.triton, pytest.mark.chain]
 def power_off(slurm: MiniSlurm, node: str) -> None:
     """End a node with all that runs on it, and tell the controller, which would find out by itself in some minutes."""
     slurm.stop_daemon(node, signal.SIGKILL)
-    for job in slurm.command("squeue", "-h", "-w", node, "-o", "%i").split():
-        kill(
-            lambda line, _, job=job: line.startswith(f"slurmstepd: [{job}.".encode())
-        )  # so that nobody reports the rest
-    mine = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={slurm.folder / 'slurm.conf'}".encode()}
-    kill(lambda _, environment: mine <= set(environment))
+    steps = tuple(f"slurmstepd: [{job}.".encode() for job in slurm.job_ids("-w", node))
+    slurm.kill_processes(lambda line, _: line.startswith(steps))  # so that nobody reports the rest
+    slurm.kill_processes(lambda _, environment: f"SLURMD_NODENAME={node}".encode() in environment)
     slurm.command("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
-
-
-def kill(wanted: Callable[[bytes, list[bytes]], bool]) -> None:
-    """Kill the processes with such a command line and environment."""
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if wanted((entry / "cmdline").read_bytes(), (entry / "environ").read_bytes().split(b"\0")):
-                os.kill(int(entry.name), signal.SIGKILL)
 
 
 def test_when_a_node_dies_its_training_goes_on_elsewhere_or_is_seen_as_lost(

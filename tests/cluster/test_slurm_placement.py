@@ -35,7 +35,7 @@ def test_a_server_in_its_own_job_moves_to_another_node_and_the_training_goes_on(
     assert before is not None
     refuses_strangers(before)
 
-    (server,) = slurm.job_ids("hh-serve")
+    (server,) = slurm.job_ids("-n", "hh-serve")
     node = slurm.command("squeue", "-h", "-o", "%N", "-j", server).strip()
     slurm.command("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
     try:
@@ -89,7 +89,7 @@ def test_a_training_spreads_over_two_nodes_with_a_server_on_each(
     assert len(endpoint.read_all(RunDir(run))) == 2
     launchers = pids_running(run, "pipeline.training.launch")
     assert sorted(environment_of(pid)["SLURMD_NODENAME"] for pid in launchers) == ["n1", "n2"]
-    slurm.command("scontrol", "requeue", slurm.job_ids("hh-serve+train")[0])
+    slurm.command("scontrol", "requeue", slurm.job_ids("-n", "hh-serve+train")[0])
     wait_for((run / "stages" / "train" / "attempts" / "0002").exists, "the second segment", 180)
     assert follower.wait(300) == 0
     values = RunDir(run).values("train")
