@@ -1,6 +1,7 @@
 """A private Slurm on this machine: two nodes of eight GPUs that are no GPUs, its own ports, no systemd, no accounting.
 
-Where this user may make memory cgroups (root, cgroup v1), a job that takes more than it asked for is killed.
+A job that takes more memory than it asked for is killed: by the kernel where this user may make memory cgroups (root,
+cgroup v1), elsewhere by Slurm, which looks every second.
 Needs Debian's slurmctld, slurmd, slurm-client and munge. Everything lives in one folder and ends with `stop`.
 """
 
@@ -42,8 +43,8 @@ class MiniSlurm:
     """By name: munged, slurmctld, and each node's own."""
 
     @property
-    def limits_memory(self) -> bool:
-        """Whether it holds jobs to the memory that they asked for."""
+    def has_groups(self) -> bool:
+        """Whether the kernel holds jobs to the memory that they asked for."""
         return self.user is None and os.getuid() == 0 and os.access(MEMORY_GROUPS / "memory.oom_control", os.W_OK)
 
     @property
@@ -53,7 +54,7 @@ class MiniSlurm:
     def start(self) -> None:
         """Start munged, the controller and a daemon for each node, and wait until both nodes are idle."""
         user = self.user.name if self.user else Path("/proc/self").owner()
-        _write_configuration(self.folder, user, self.limits_memory)
+        _write_configuration(self.folder, user, self.has_groups)
         if self.user:
             self.user.own(self.folder)
         self.start_daemon("munged")
@@ -104,7 +105,7 @@ class MiniSlurm:
                 except subprocess.TimeoutExpired:
                     daemon.kill()
             self.kill_processes(lambda _, environment: True)
-            if self.limits_memory:
+            if self.has_groups:
                 _remove_groups(_group(self.folder))
 
     def kill_processes(self, wanted: Callable[[bytes, set[bytes]], bool]) -> None:
@@ -160,7 +161,7 @@ def _daemon_argv(folder: Path, name: str) -> list[str]:
     return ["slurmctld", *configuration] if name == "slurmctld" else ["slurmd", "-N", name, *configuration]
 
 
-def _write_configuration(folder: Path, user: str, limits_memory: bool) -> None:
+def _write_configuration(folder: Path, user: str, has_groups: bool) -> None:
     for name in ("munge", "state", "spool/n1", "spool/n2", "gpu"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "munge").chmod(0o700)
@@ -188,8 +189,8 @@ SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
-TaskPlugin={"task/cgroup" if limits_memory else "task/none"}
-JobAcctGatherType=jobacct_gather/none
+TaskPlugin={"task/cgroup" if has_groups else "task/none"}
+{"JobAcctGatherType=jobacct_gather/none" if has_groups else _MEMORY_BY_SLURM}
 AccountingStorageType=accounting_storage/none
 MpiDefault=none
 SwitchType=switch/none
@@ -212,7 +213,7 @@ PartitionName=gpu Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier
 PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=100 PreemptMode=OFF
 """.lstrip()
     )
-    if limits_memory:
+    if has_groups:
         # A group of its own: other private clusters on this machine have nodes and jobs of the same names.
         _group(folder).mkdir()
         (folder / "cgroup").mkdir()
@@ -223,6 +224,13 @@ PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=100 Pree
     (folder / "gres.conf").write_text(
         f"AutoDetect=off\nNodeName=n1,n2 Name=gpu Type=a100 File={folder}/gpu/nvidia[0-{GPUS - 1}]\n"
     )
+
+
+_MEMORY_BY_SLURM = """
+JobAcctGatherType=jobacct_gather/linux
+JobAcctGatherFrequency=task=1
+JobAcctGatherParams=OverMemoryKill
+""".strip()
 
 
 def _group(folder: Path) -> Path:
