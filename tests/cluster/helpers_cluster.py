@@ -34,13 +34,13 @@ def profile(folder: Path, name: str, **changes: object) -> Path:
     return path
 
 
-def separate(folder: Path) -> Path:
-    """The profile with the server in a job of its own."""
+def separate(folder: Path, servers: int = 1) -> Path:
+    """The profile with the server, or one on each of several nodes, in a job of its own."""
     stages = {
-        "serve": {"time_min": 60, "cpus": 4, "mem_gb": 16, "gpus": 1},
+        "serve": {"time_min": 60, "cpus": 4, "mem_gb": 16, "gpus": 1, "nodes": servers},
         "train": {"time_min": 60, "cpus": 16, "mem_gb": 64, "gpus": 7},
     }
-    return profile(folder, "two-jobs", placement="separate", stages=stages)
+    return profile(folder, f"{servers}-apart", placement="separate", stages=stages)
 
 
 def states(run: Path) -> dict[str, tuple[str, str]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
-from helpers_cluster import CHAIN_SETTINGS, children, profile, separate, states, tasks
-from helpers_jobs import command, copy_without, nothing_left, start, submit, until_training, wait_for
+from helpers_cluster import CHAIN_SETTINGS, children, environment_of, profile, separate, states, tasks
+from helpers_jobs import command, copy_without, nothing_left, pids_running, start, submit, until_training, wait_for
 from mini_slurm import MiniSlurm
 
 from pipeline.run import endpoint
@@ -85,13 +87,25 @@ def test_a_cancelled_job_that_waits_takes_those_behind_it_along_and_no_others(
     assert seen["evaluate"] == ("cancelled", "train cancelled")
 
 
-def test_a_cancelled_server_in_its_own_job_ends_the_training_that_it_served(
+def test_a_training_goes_on_with_the_server_that_is_left_and_ends_when_their_job_is_cancelled(
     slurm: MiniSlurm, finished: Path, tmp_path: Path
 ) -> None:
     run = until_training(finished, tmp_path / "run")
-    arguments = ("--stage", "serve,train,evaluate", "--cluster", separate(slurm.folder), "--no-follow")
-    assert submit(run, *arguments, overrides=CHAIN_SETTINGS).status == 0
-    wait_for(lambda: list(run.glob("checkpoints/*/step-00000004")), "the first checkpoint")
+    arguments = ("--stage", "serve,train,evaluate", "--cluster", separate(slurm.folder, servers=2), "--no-follow")
+    settings = (*CHAIN_SETTINGS, "serving.retry_timeout_s=5")  # it does not wait for the one that is gone
+    assert submit(run, *arguments, overrides=settings).status == 0
+    wait_for(lambda: len(endpoint.read_all(RunDir(run))) == 2, "both servers")
+    wait_for(lambda: last_checkpoint(run), "the first checkpoint")
+    servers = {environment_of(pid)["SLURM_PROCID"]: pid for pid in tasks(run, "serve")}
+    assert len({environment_of(pid)["SLURMD_NODENAME"] for pid in servers.values()}) == 2
+    os.kill(servers["1"], signal.SIGKILL)  # the second rank has asked this one so far
+    wait_for(lambda: len(pids_running(run, "tritonserver --")) == 1, "its server to end with it")
+    reached = last_checkpoint(run)
+    wait_for(lambda: last_checkpoint(run) >= reached + 12, "the training to go on")
+    log = (run / "stages" / "train" / "attempts" / "0001" / "stdout.log").read_text()
+    assert "no reward server answers" in log  # and another one did
+    assert [states(run)[stage][0] for stage in ("serve", "train")] == ["running"] * 2
+
     slurm.command("scancel", "--name=hh-serve")
     wait_for(slurm.empty, "the jobs to leave the queue")
     seen = states(run)
@@ -100,8 +114,13 @@ def test_a_cancelled_server_in_its_own_job_ends_the_training_that_it_served(
         seen
     )
     assert seen["evaluate"] == ("cancelled", "train failed")
-    assert not endpoint.read_all(RunDir(run))
+    assert [path.name for path in (run / "stages" / "train" / "attempts").iterdir()] == ["0001"]
+    assert endpoint.read(RunDir(run)) is None
     wait_for(lambda: nothing_left(run), "every process to end", 20)
+
+
+def last_checkpoint(run: Path) -> int:
+    return max((int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/*/step-*")), default=0)
 
 
 def test_two_submitters_at_once_make_one_submission(slurm: MiniSlurm, finished: Path, tmp_path: Path) -> None:
