@@ -120,7 +120,7 @@ def test_a_training_goes_on_with_the_server_that_is_left_and_ends_when_their_job
 
 
 def last_checkpoint(run: Path) -> int:
-    return max((int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/*/step-*")), default=0)
+    return max((int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/*/step-????????")), default=0)
 
 
 def test_two_submitters_at_once_make_one_submission(slurm: MiniSlurm, finished: Path, tmp_path: Path) -> None:
