@@ -43,9 +43,10 @@ def on_the_login_node(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     cluster: MiniSlurm = request.getfixturevalue("slurm")
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
+    others = cluster.job_ids()  # of a whole module, as a rule
     yield
     end_followers()
-    cluster.clear()
+    cluster.clear(others)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,13 +79,14 @@ class MiniSlurm:
         """The jobs in the queue, those that squeue's options choose, in the order in which they were submitted."""
         return sorted(self.command("squeue", "-h", "-o", "%i", *options).split(), key=int)
 
-    def clear(self) -> None:
-        """Make it as it was at the start, where it is not: all daemons run, no jobs are left, no node is taken out."""
+    def clear(self, spared: Collection[str] = ()) -> None:
+        """Make it as it was at the start, where it is not: all daemons run, no jobs are left but the spared ones, no
+        node is taken out."""
         for name, daemon in self.daemons.items():
             if daemon.poll() is not None:
                 self.start_daemon(name)
         _wait(lambda: self.command("squeue"), "the controller", self.folder)
-        self._cancel_all()
+        self._cancel(spared)
         out = set(self.command("sinfo", "-h", "-N", "-o", "%N", "-t", "down,drain,fail").split())
         for name in out:
             self.command("scontrol", "update", f"NodeName={name}", "State=RESUME")
@@ -95,7 +96,7 @@ class MiniSlurm:
     def stop(self) -> None:
         """Cancel what runs, and end the daemons and what is left of the jobs of nodes that were killed."""
         try:
-            self._cancel_all()
+            self._cancel()
         finally:
             for daemon in reversed(self.daemons.values()):
                 daemon.terminate()
@@ -117,10 +118,10 @@ class MiniSlurm:
                 if mine <= environment and wanted((entry / "cmdline").read_bytes(), environment):
                     os.kill(int(entry.name), signal.SIGKILL)
 
-    def _cancel_all(self) -> None:
-        if not self.empty():
-            self.command("scancel", f"--user={self.user.uid if self.user else os.getuid()}")
-            _wait(self.empty, "jobs to end", self.folder)
+    def _cancel(self, spared: Collection[str] = ()) -> None:
+        if left := set(self.job_ids()).difference(spared):
+            self.command("scancel", *left)
+            _wait(lambda: not left.intersection(self.job_ids()), "jobs to end", self.folder)
 
     def command(self, *argv: str) -> str:
         """The output of one of Slurm's commands."""

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def submitted(run: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def slow(slurm: MiniSlurm, site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def slow(slurm: MiniSlurm, site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A stage that does not end within its minute; it waits beside the other tests."""
     run = tmp_path_factory.mktemp("slow") / "run"
     path = profile(
@@ -90,7 +91,8 @@ def slow(slurm: MiniSlurm, site: Path, tmp_path_factory: pytest.TempPathFactory)
     )
     done = submit(run, "--cluster", path, "--stage", "prefetch,sft", "--no-follow", env=slurm.environment)
     assert done.status == 0, done.err
-    return run
+    yield run
+    slurm.clear()
 
 
 @pytest.mark.parametrize("hungry", ["pipeline.data.prefetch", "pipeline.stages.job"])
