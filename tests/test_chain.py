@@ -158,34 +158,33 @@ def test_a_server_on_its_own_serves_trainings_until_it_is_cancelled(finished: Pa
     wait_for(lambda: nothing_left(run), "the server to end", 20)
 
 
-def readme_commands() -> list[str]:
-    """Every command line that README.md shows in an indented block."""
-    text = (ROOT / "README.md").read_text()
+def printed_commands() -> list[str]:
+    """Every command line that README.md shows in an indented block, and those at the top of docs/clusters.md."""
+    top = (ROOT / "docs" / "clusters.md").read_text().partition("\nClone to ")[0]
+    text = (ROOT / "README.md").read_text() + top
     lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
     return [line for line in lines if line.startswith(("python -m ", "make "))]
 
 
-def test_the_readmes_commands_are_understood_as_printed(finished: Path, tmp_path: Path) -> None:
+def test_the_commands_of_readme_and_clusters_are_understood_as_printed(finished: Path, tmp_path: Path) -> None:
     """Run as they stand, on a finished run and on real data's folder; what would take long is planned only."""
-    commands = readme_commands()
-    assert len(commands) >= 7
+    commands = printed_commands()
+    assert len(commands) >= 16
     rows = tmp_path / "hh"
     rows.mkdir()
     for split in ("train", "test"):
         shutil.copy(finished / "data" / f"{split}.jsonl", rows)
     for line in commands:
         if line.startswith("make "):
-            assert (
-                subprocess.run(["make", "-n", *line.split()[1:]], cwd=ROOT, capture_output=True, check=False).returncode
-                == 0
-            )
+            argv = ["make", "-n", *shlex.split(line, comments=True)[1:]]
+            assert subprocess.run(argv, cwd=ROOT, capture_output=True, check=False).returncode == 0, line
             continue
         there = {"runs/demo": finished, "runs/gptj": finished, "path/to/hh": rows}
         there["my-cluster.yaml"] = tmp_path / "my-cluster.yaml"  # the doctor's line writes it, the next ones read it
         typed = line
         for name, path in there.items():
             typed = typed.replace(name, str(path))
-        arguments = shlex.split(typed, comments=True)[2:]
+        arguments = [word for word in shlex.split(typed, comments=True)[2:] if word != "--watch"]  # which has no end
         if arguments[0] == "pipeline.submit":
             arguments += ["--dry-run", "--run-dir", str(tmp_path / "run")]
         done = command(arguments[0].removeprefix("pipeline."), *arguments[1:])
