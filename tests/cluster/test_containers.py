@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -181,6 +182,24 @@ def test_an_image_in_a_file_needs_no_registry(
     assert (values["tritonserver"], len(values["digest"])) == ("2.51.0", 64)
 
 
+def test_an_image_is_built_from_a_definition_and_a_sandbox_is_used_where_it_is(contained: Path, site: Site) -> None:
+    sandbox = RunDir(contained).values("sandbox")["path"]
+    definition = site.folder / "our own.def"
+    definition.write_text(f"Bootstrap: localimage\nFrom: {sandbox}\n\n%post\n    echo ours >/opt/note\n")
+    site.user.own(definition)
+    run = site.folder / "defined"
+    site.submit(run, "--stage", "sandbox", **{"sandbox.image": str(definition)})
+    made = RunDir(run).values("sandbox")
+    assert (made["built"], made["tritonserver"]) == (True, "2.51.0")
+    assert made["digest"] == hashlib.sha256(definition.read_bytes()).hexdigest()
+    assert (Path(made["path"]) / "opt" / "note").read_text() == "ours\n"
+
+    run = site.folder / "a folder"
+    site.submit(run, "--stage", "sandbox", **{"sandbox.image": made["path"]})
+    used = RunDir(run).values("sandbox")
+    assert (used["built"], used["path"], used["tritonserver"]) == (False, made["path"], "2.51.0")
+
+
 @pytest.fixture(scope="module")
 def sif(contained: Path, site: Site) -> Path:
     """The image as one file: made of the sandbox that is there, not fetched again."""
@@ -226,19 +245,32 @@ def test_server_from_one_file_unpacked_on_its_node_and_trainer_in_a_container_gi
     assert not list(Path("/tmp").glob("hh-image-*"))
 
 
-def test_a_killed_job_takes_its_containers_along_and_the_next_goes_on(
-    contained: Path, trainer: Path, site: Site
+def test_a_killed_job_takes_its_containers_and_their_mounts_along_and_the_next_goes_on(
+    contained: Path, sif: Path, trainer: Path, site: Site
 ) -> None:
     run = copy(contained, site.folder / "killed", site)
-    site.submit(run, "--stage", "serve,train", "--no-follow", profile="contained")
+    mounted = {"sandbox.image": str(sif), "sandbox.format": "sif"}
+    arguments = ("--stage", "sandbox,serve,train")
+    site.submit(run, *arguments, "--no-follow", profile="contained", **mounted)
     wait_for(lambda: list(run.glob("checkpoints/*/step-00000004")), "the first checkpoint", 400)
+    assert mounts_of(sif)
     for pid in tasks(run):
         os.kill(pid, signal.SIGKILL)
     site.wait()
-    wait_for(lambda: not pids_running(run), "every process to end", 20)
-    site.submit(run, "--stage", "serve,train", profile="contained")
+    wait_for(lambda: not pids_running(run) and not mounts_of(sif), "every process to end", 20)
+    site.submit(run, *arguments, profile="contained", **mounted)
     assert policy_sha256(run) == policy_sha256(contained)
-    wait_for(lambda: nothing_left(run), "every process to end", 20)
+    wait_for(lambda: nothing_left(run) and not mounts_of(sif), "every process to end", 20)
+
+
+def mounts_of(sif: Path) -> list[int]:
+    """The processes that hold a .sif file mounted: squashfuse, whose environment and command line do not tell of it."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if "squashfuse" in (process / "comm").read_text():
+                found += [int(process.name)] if str(sif) in map(os.readlink, (process / "fd").iterdir()) else []
+    return found
 
 
 def copy(contained: Path, run: Path, site: Site) -> Path:
