@@ -158,38 +158,39 @@ def test_a_server_on_its_own_serves_trainings_until_it_is_cancelled(finished: Pa
     wait_for(lambda: nothing_left(run), "the server to end", 20)
 
 
-def printed_commands() -> list[str]:
-    """Every command line that README.md shows in an indented block, and those at the top of docs/clusters.md."""
+def printed_commands() -> list[list[str]]:
+    """The words of every command that README.md shows in an indented block, and of those at the top of
+    docs/clusters.md; each once."""
     top = (ROOT / "docs" / "clusters.md").read_text().partition("\nClone to ")[0]
     text = (ROOT / "README.md").read_text() + top
     lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
-    return [line for line in lines if line.startswith(("python -m ", "make "))]
+    commands = (shlex.split(line, comments=True) for line in lines if line.startswith(("python -m ", "make ")))
+    return [list(words) for words in dict.fromkeys(map(tuple, commands))]
 
 
 def test_the_commands_of_readme_and_clusters_are_understood_as_printed(finished: Path, tmp_path: Path) -> None:
     """Run as they stand, on a finished run and on real data's folder; what would take long is planned only."""
     commands = printed_commands()
-    assert len(commands) >= 16
+    assert len(commands) >= 14
     rows = tmp_path / "hh"
     rows.mkdir()
     for split in ("train", "test"):
         shutil.copy(finished / "data" / f"{split}.jsonl", rows)
-    for line in commands:
-        if line.startswith("make "):
-            argv = ["make", "-n", *shlex.split(line, comments=True)[1:]]
-            assert subprocess.run(argv, cwd=ROOT, capture_output=True, check=False).returncode == 0, line
+    there = {"runs/demo": finished, "runs/gptj": finished, "path/to/hh": rows}
+    there["my-cluster.yaml"] = tmp_path / "my-cluster.yaml"  # the doctor's line writes it, the next ones read it
+    for words in commands:
+        if words[0] == "make":
+            argv = ["make", "-n", *words[1:]]
+            assert subprocess.run(argv, cwd=ROOT, capture_output=True, check=False).returncode == 0, words
             continue
-        there = {"runs/demo": finished, "runs/gptj": finished, "path/to/hh": rows}
-        there["my-cluster.yaml"] = tmp_path / "my-cluster.yaml"  # the doctor's line writes it, the next ones read it
-        typed = line
+        arguments = [word for word in words[2:] if word != "--watch"]  # which has no end
         for name, path in there.items():
-            typed = typed.replace(name, str(path))
-        arguments = [word for word in shlex.split(typed, comments=True)[2:] if word != "--watch"]  # which has no end
+            arguments = [word.replace(name, str(path)) for word in arguments]
         if arguments[0] == "pipeline.submit":
             arguments += ["--dry-run", "--run-dir", str(tmp_path / "run")]
         done = command(arguments[0].removeprefix("pipeline."), *arguments[1:])
         found_faults = arguments[0] == "pipeline.doctor" and done.status == 1  # of this machine
-        assert done.status == 0 or found_faults, f"{line}: {done.err}"
+        assert done.status == 0 or found_faults, f"{words}: {done.err}"
 
 
 HH = Path(os.environ.get("HH_DATA") or ROOT.parent / "shared" / "data" / "hh")

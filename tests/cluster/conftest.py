@@ -54,10 +54,12 @@ def finished(slurm: MiniSlurm, tmp_path_factory: pytest.TempPathFactory) -> Path
     """The whole chain, submitted by a process that leaves at once; nothing of ours watches over it."""
     run = tmp_path_factory.mktemp("chain") / "a run"
     profile = slurm.folder / "profile.yaml"
+    others = slurm.job_ids()
     done = submit(run, "--cluster", profile, "--no-follow", overrides=CHAIN_SETTINGS, env=slurm.environment)
     assert done.status == 0, done.err
-    assert len(slurm.command("squeue", "-h").splitlines()) == 7  # the server shares its training's job
-    wait_for(slurm.empty, "the chain to end", 600)
+    jobs = set(slurm.job_ids()).difference(others)
+    assert len(jobs) == 7  # the server shares its training's job
+    wait_for(lambda: not jobs.intersection(slurm.job_ids()), "the chain to end", 600)
     return run
 
 
