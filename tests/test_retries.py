@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from helpers_jobs import fake_slurm
 from pipeline import oom, status
 from pipeline.config import load
 from pipeline.config.cluster import Cluster
+from pipeline.errors import UserError
 from pipeline.run import atomic, bad_nodes, events
 from pipeline.run.directory import RunDir
 from pipeline.scheduler import needs, retries, script, slurm
@@ -23,7 +25,7 @@ from pipeline.scheduler.options import retry_lines, slurm_options
 from pipeline.scheduler.retries import Asked, Retry, Room, decide
 from pipeline.scheduler.state import recorded_state, set_state
 from pipeline.scheduler.submission import Job, Submission
-from pipeline.stages import faults, retry
+from pipeline.stages import faults, job, retry
 from pipeline.stages.faults import Fault
 from pipeline.stages.nodes import Meeting
 from pipeline.stages.plan import Planned
@@ -257,6 +259,38 @@ def test_a_job_out_of_time_tries_again_while_slurm_ends_it(run, monkeypatch) -> 
     assert slurm.out_of_time()
     retry.failed(run, "s1", ("sft",), TIME, "it reached its time limit")
     assert calls.read_text().splitlines()[-1] == "scontrol update JobId=7 TimeLimit=90"
+
+
+def test_warnings_between_what_sinfo_says_of_nodes_are_passed_over(monkeypatch, tmp_path: Path) -> None:
+    said = "echo 'sinfo: warning: the configuration file is old'; echo 'n1 512000+ 1-00:00:00 '; echo"
+    fake_slurm(monkeypatch, tmp_path, sinfo=said)
+    assert slurm.nodes("gpu") == {"n1": (512000, "1-00:00:00")}
+
+
+def test_a_site_that_forbids_requeueing_is_named_by_the_state(run, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    refusal = "echo 'Requested operation is presently disabled'; exit 1"
+    fake_slurm(monkeypatch, tmp_path, scontrol=f'case "$1" in requeue) {refusal};; *) echo JobState=RUNNING;; esac')
+    with pytest.raises(UserError, match="scontrol requeue 7: Requested operation is presently disabled"):
+        job._requeue(run, "s1", ("serve", "train"))
+    for stage in ("serve", "train"):
+        recorded = recorded_state(run, stage)
+        assert recorded is not None
+        assert (recorded.state, "presently disabled; submit again to go on" in recorded.reason) == ("stopped", True)
+
+
+def test_retries_inside_an_allocation_and_a_grace_time_as_long_as_the_limit_are_refused() -> None:
+    def refused(**profile: object) -> str:
+        with pytest.raises(UserError) as error:
+            load.check({"cluster": {"executor": "slurm", "requeue": True, **profile}})
+        return str(error.value)
+
+    assert refused(executor="allocation", retries=1).startswith("cluster.retries: jobs inside one allocation")
+    minute = {"stages": {"train": {"time_min": 2}}}
+    assert refused(grace_s=120, **minute).startswith("cluster.grace_s: 120 s is all of the training's time_min = 2")
+    load.check({"cluster": {"executor": "slurm", "grace_s": 119, **minute}})
 
 
 def test_a_retry_that_slurm_refuses_is_a_failure_with_its_words(run, monkeypatch) -> None:

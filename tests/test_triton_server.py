@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -286,6 +286,31 @@ def test_a_client_may_start_with_its_server_and_both_leave_nothing(engine: Engin
     assert endpoint.read(run) is None
     socket = Path(wire.parse_address(published.triton_host).url.removeprefix("unix:"))
     assert not socket.parent.exists()
+
+
+def test_a_training_with_a_server_waits_for_it_though_an_older_endpoint_is_published(
+    engine: Engine, tmp_path: Path
+) -> None:
+    config = serving_config(retry_timeout_s=60)
+    run, manifest = converted_run(tmp_path / "run", save_reward_model(tmp_path / "rm", "gpt_neox"), config)
+    gone = f"unix:{tmp_path}/gone.sock:8001/{manifest.model_name}"
+    old = endpoint.Endpoint(gone, manifest.model_name, "1", manifest.identity, "7", os.uname().nodename, 1)
+    endpoint.publish(run, replace(old, heartbeat=time.time() - 3600))
+    scorers: list[object] = []
+    done = threading.Event()
+    with supervise(run, config, engine, [], tmp_path / "log", "job", wait=False) as running:
+
+        def ask() -> None:
+            scorers.append(connect_scorer(run, config, {endpoint.WAIT_VARIABLE: "60"}))
+            done.set()
+
+        client = threading.Thread(target=ask)
+        client.start()
+        tick_until(Service(run, config, running), done)
+        client.join()
+        (found,) = scorers
+        assert isinstance(found, TritonScorer)
+        found.close()
 
 
 def tick_until_up(running: Supervisor) -> None:

@@ -50,11 +50,21 @@ def check_sizes(config: Config) -> None:
 
 
 def _check_placement(config: Config) -> None:
-    """A server in a job of its own must be one that other nodes can reach."""
+    """Where and for how long jobs run must make sense together; a server of its own must be in reach."""
     if config.cluster.on_login_node and config.cluster.executor != "slurm":
         raise ValueError(
             f'cluster.on_login_node: cluster.executor = "{config.cluster.executor}" runs every stage where submit '
             "runs; leave it out"
+        )
+    cluster, train = config.cluster, config.cluster.resources("train")
+    if cluster.executor == "slurm" and cluster.requeue and train.time_min * 60 <= cluster.grace_s:
+        raise ValueError(
+            f"cluster.grace_s: {cluster.grace_s} s is all of the training's time_min = {train.time_min}: it would be "
+            "told to save as soon as it starts; raise time_min, or lower grace_s"
+        )
+    if cluster.executor == "allocation" and cluster.retries:
+        raise ValueError(
+            'cluster.retries: jobs inside one allocation cannot ask for more; leave it out with executor = "allocation"'
         )
     if config.cluster.placement != "separate":
         return

@@ -62,10 +62,6 @@ class Reference:
         """What the registry is asked for: the digest where there is one, else the tag."""
         return self.digest or self.tag or "latest"
 
-    def pinned(self, digest: str) -> str:
-        """The name with a digest in place of its tag."""
-        return f"{self.host}/{self.repository}@{digest}"
-
     def __str__(self) -> str:
         return f"{self.host}/{self.repository}" + (f"@{self.digest}" if self.digest else f":{self.wanted}")
 

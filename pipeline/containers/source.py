@@ -23,11 +23,6 @@ class Source:
     path: Path | None = None
     reference: Reference | None = None
 
-    @property
-    def networked(self) -> bool:
-        """Whether it takes the internet to make the image."""
-        return self.kind in ("registry", "definition")
-
 
 def parse_source(image: str) -> Source:
     """Parse `sandbox.image`; UserError when it has none of the known forms, or its file is not there."""

@@ -40,6 +40,8 @@ def check_path(root: Path) -> None:
     text = str(root)
     if "%" in text or "\\" in text:
         raise UserError(f"--run-dir {text!r}: Slurm gives % and \\ a meaning in paths; choose a path without it")
+    if ":" in text:
+        raise UserError(f"--run-dir {text!r}: PYTHONPATH ends a folder at each colon; choose a path without it")
     if not text.isprintable():
         raise UserError(f"--run-dir {text!r}: an sbatch script holds no control character; choose a path without it")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 
@@ -118,8 +119,9 @@ def nodes(partition: str) -> dict[str, tuple[int, str]]:
     states = "--states=idle,allocated,mixed,completing,reserved"
     order = ["sinfo", "--noheader", "--Node", f"--partition={partition}", states, "--format=%N %m %l"]
     status, text = procs.capture(order)
-    words = [line.split() for line in text.splitlines()] if status == 0 else []
-    return {name: (int(memory.rstrip("+")), limit) for name, memory, limit in words}
+    lines = text.splitlines() if status == 0 else []
+    rows = filter(None, (re.fullmatch(r"(\S+) +(\d+)\+? +(\S+) *", line) for line in lines))  # warnings stand between
+    return {row[1]: (int(row[2]), row[3]) for row in rows}
 
 
 def hostnames(expression: str) -> frozenset[str]:

@@ -55,8 +55,10 @@ def connect_scorer(
         logger.info("rewards come from %s=%s", TRITON_HOST, address)
         return TritonScorer(lambda: address, config.serving, identity, _CONNECT_S)
     servers = Published(run, turn=int(environ.get("RANK", "0")))
-    published = _wait_for_endpoint(servers, float(environ.get(endpoint.WAIT_VARIABLE, "0")))
-    if published and time.time() - max(one.heartbeat for one in published) < LIVE_S:
+    wait_s = float(environ.get(endpoint.WAIT_VARIABLE, "0"))
+    published = _wait_for_endpoint(servers, wait_s)
+    # A job that was given a server waits for it: what is published may be of before it moved, or by another clock.
+    if published and (wait_s or time.time() - max(one.heartbeat for one in published) < LIVE_S):
         logger.info("rewards come from the run's server at %s", ", ".join(one.triton_host for one in published))
         return TritonScorer(servers, config.serving, identity, expected=lambda: endpoint.expected(run))
     if published:

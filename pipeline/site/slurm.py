@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -210,8 +209,3 @@ def _config(text: str) -> dict[str, str]:
 def _association(line: str) -> Association:
     account, qos, default = line.split("|")
     return Association(account, tuple(filter(None, qos.split(","))), account == default)
-
-
-def inside_job() -> bool:
-    """Whether this process runs in a Slurm job, and so on a compute node."""
-    return "SLURM_JOB_ID" in os.environ

@@ -186,7 +186,8 @@ def _forget_request(run: RunDir) -> None:
 
 
 def _requeue(run: RunDir, submission: str, names: tuple[str, ...]) -> None:
-    """Put the job back into the queue; its dependents keep waiting for it."""
+    """Put the job back into the queue; its dependents keep waiting for it. Says so where the site does not allow it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm sends it for what is done here, and it must not cut it short
     _forget_request(run)
     if not read_config(run.root).cluster.requeue:
         for name in names:
@@ -194,7 +195,14 @@ def _requeue(run: RunDir, submission: str, names: tuple[str, ...]) -> None:
         return
     for name in names:
         set_state(run, name, submission, "pending", "interrupted by Slurm; it waits in the queue again")
-    slurm.requeue()
+    try:
+        slurm.requeue()
+    except UserError as refusal:
+        for name in names:
+            set_state(
+                run, name, submission, "stopped", f"interrupted by Slurm, which does not queue it again: {refusal}"
+            )
+        raise
 
 
 def _kept(run: RunDir, stage: str, reason: str) -> str:
