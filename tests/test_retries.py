@@ -301,6 +301,8 @@ def test_a_retry_that_slurm_refuses_is_a_failure_with_its_words(run, monkeypatch
     assert recorded.state == "failed"
     assert "Access/permission denied" in recorded.reason
     assert calls.read_text().splitlines()[-1] == "scancel 7"  # it would fail again
+    assert not retry.queued(run, "s1", ("sft",))  # what a TERM, which follows, asks
+    assert recorded_state(run, "sft") == recorded
 
 
 def test_a_stage_that_said_how_it_failed_is_left_alone_by_the_script(run, monkeypatch) -> None:

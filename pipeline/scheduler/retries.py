@@ -156,6 +156,11 @@ def claimed(folder: Path, job_id: str, restart: int) -> bool:
     return (_folder(folder) / f"{job_id}-{restart}.json").exists()
 
 
+def withdraw(folder: Path, job_id: str, restart: int) -> None:
+    """Slurm has refused the retry: this start of the job is over for good."""
+    (_folder(folder) / f"{job_id}-{restart}.json").unlink(missing_ok=True)
+
+
 def records(folder: Path) -> list[Record]:
     """The retries of a submission's job so far, in order."""
     raw = [atomic.read_json(path) for path in _folder(folder).glob("*.json")]

@@ -92,6 +92,7 @@ def _try_again(run: RunDir, cluster: Cluster, submission: str, names: tuple[str,
     try:
         slurm.requeue(changes=retries.changes(cluster, retry, cpus, fields.get("ExcNodeList", "")))
     except UserError as error:
+        retries.withdraw(folder, job, _restart())
         return f"no retry: {error}"
     return None
 
