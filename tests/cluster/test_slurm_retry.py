@@ -86,8 +86,8 @@ def slow(slurm: MiniSlurm, site: Path, tmp_path_factory: pytest.TempPathFactory)
     path = profile(
         site,
         "slow@pipeline.data.prefetch",
-        default={"time_min": 1, "cpus": 1, "mem_gb": 4},
-        stages={"sft": {"time_min": 30, "cpus": 4, "mem_gb": 8}},
+        default={"time_min": 30, "cpus": 4, "mem_gb": 8},
+        stages={"prefetch": {"time_min": 1, "cpus": 1, "mem_gb": 4}},
     )
     done = submit(run, "--cluster", path, "--stage", "prefetch,sft", "--no-follow", env=slurm.environment)
     assert done.status == 0, done.err
