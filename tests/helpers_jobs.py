@@ -173,6 +173,10 @@ def policy_sha256(run: Path) -> str:
     return outputs.artifacts["policy"].sha256
 
 
+FORGOTTEN = "echo 'slurm_load_jobs error: Invalid job id specified'; exit 1"
+"""What scontrol and squeue say of a job that Slurm knows no more, for `fake_slurm`."""
+
+
 def fake_slurm(monkeypatch: MonkeyPatch, folder: Path, **commands: str) -> Path:
     """Put shell scripts in front on PATH; each also notes how it was called."""
     for name, body in commands.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import time
 from dataclasses import asdict
@@ -25,7 +24,7 @@ from pipeline.scheduler.options import retry_lines, slurm_options
 from pipeline.scheduler.retries import Asked, Retry, Room, decide
 from pipeline.scheduler.state import recorded_state, set_state
 from pipeline.scheduler.submission import Job, Submission
-from pipeline.stages import faults, job, retry
+from pipeline.stages import faults, retry
 from pipeline.stages.faults import Fault
 from pipeline.stages.nodes import Meeting
 from pipeline.stages.plan import Planned
@@ -256,7 +255,6 @@ def test_a_job_that_is_cancelled_or_unknown_is_never_tried_again(run, monkeypatc
 
 def test_a_job_out_of_time_tries_again_while_slurm_ends_it(run, monkeypatch) -> None:
     calls = in_job(run, monkeypatch, "COMPLETING", "TimeLimit")
-    assert slurm.out_of_time()
     retry.failed(run, "s1", ("sft",), TIME, "it reached its time limit")
     assert calls.read_text().splitlines()[-1] == "scontrol update JobId=7 TimeLimit=90"
 
@@ -265,20 +263,6 @@ def test_warnings_between_what_sinfo_says_of_nodes_are_passed_over(monkeypatch, 
     said = "echo 'sinfo: warning: the configuration file is old'; echo 'n1 512000+ 1-00:00:00 '; echo"
     fake_slurm(monkeypatch, tmp_path, sinfo=said)
     assert slurm.nodes("gpu") == {"n1": (512000, "1-00:00:00")}
-
-
-def test_a_site_that_forbids_requeueing_is_named_by_the_state(run, monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    refusal = "echo 'Requested operation is presently disabled'; exit 1"
-    fake_slurm(monkeypatch, tmp_path, scontrol=f'case "$1" in requeue) {refusal};; *) echo JobState=RUNNING;; esac')
-    with pytest.raises(UserError, match="scontrol requeue 7: Requested operation is presently disabled"):
-        job._requeue(run, "s1", ("serve", "train"))
-    for stage in ("serve", "train"):
-        recorded = recorded_state(run, stage)
-        assert recorded is not None
-        assert (recorded.state, "presently disabled; submit again to go on" in recorded.reason) == ("stopped", True)
 
 
 def test_retries_inside_an_allocation_and_a_grace_time_as_long_as_the_limit_are_refused() -> None:
@@ -383,7 +367,7 @@ def test_a_later_submission_asks_for_what_the_last_turned_out_to_need(run, monke
     ],
 )
 def test_after_a_death_that_nobody_could_act_upon_the_plan_asks_for_more(run, monkeypatch, end: str, asks: str) -> None:
-    slurm.end_state.cache_clear()
+    monkeypatch.setattr(slurm, "_ends", {})
     fake_slurm(monkeypatch, run.root, scontrol=f"echo JobId=94 JobState={end}")
     submissions.write(run, Submission("s1", "slurm", (Job(("sft",), job_id="94", mem_gb=100),)))
     set_state(run, "sft", "s1", "running", attempt=1)

@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers_jobs import fake_slurm
+from helpers_jobs import FORGOTTEN, fake_slurm
 
 from pipeline import cancel, logs, procs
 from pipeline.errors import UserError
 from pipeline.run import atomic
-from pipeline.run.directory import RunDir
-from pipeline.scheduler import queue
+from pipeline.run.directory import Outputs, RunDir
+from pipeline.scheduler import queue, slurm
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.state import resolve, set_state
 from pipeline.scheduler.submission import Job, Submission
@@ -28,6 +28,7 @@ def run(tmp_path: Path) -> RunDir:
 def _no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submissions, "_asked", {})
     monkeypatch.setattr(submissions, "_runs", {})
+    monkeypatch.setattr(slurm, "_ends", {})
 
 
 def local(process: procs.ProcessId) -> Submission:
@@ -80,16 +81,17 @@ def test_a_controller_that_is_silent_for_long_has_not_ended_the_jobs(monkeypatch
 
 
 def test_slurm_is_asked_once_for_all_jobs_and_then_left_alone(run, tmp_path, monkeypatch) -> None:
-    calls = fake_slurm(monkeypatch, tmp_path, squeue="echo 8")
+    calls = fake_slurm(monkeypatch, tmp_path, squeue="echo 8", scontrol=FORGOTTEN)
     submission = Submission("s1", "slurm", (Job(("sft",), job_id="7"), Job(("train",), ("sft",), job_id="8")))
     for _ in range(20):
         assert resolve(run, submission, "sft").state == "failed"  # not in the queue, and never said how it ended
         assert resolve(run, submission, "train").state == "pending"
-    assert calls.read_text().splitlines() == [f"squeue --noheader --format={queue.FIELDS} --jobs=7,8"]
+    asked = [line for line in calls.read_text().splitlines() if not line.startswith("sacct")]
+    assert asked == [f"squeue --noheader --format={queue.FIELDS} --jobs=7,8", "scontrol --oneliner show job 7"]
 
 
 def test_jobs_that_slurm_has_forgotten_are_over(run, tmp_path, monkeypatch) -> None:
-    fake_slurm(monkeypatch, tmp_path, squeue="echo 'slurm_load_jobs error: Invalid job id specified'; exit 1")
+    fake_slurm(monkeypatch, tmp_path, squeue=FORGOTTEN)
     assert queue.ask(["7", "8"]) == {}
 
 
@@ -115,10 +117,38 @@ def test_what_slurm_says_of_a_jobs_end_is_the_reason(run, tmp_path, monkeypatch)
 
 
 def test_accounting_answers_where_the_controller_has_forgotten(run, tmp_path, monkeypatch) -> None:
-    fake_slurm(monkeypatch, tmp_path, squeue="exit 0", scontrol="exit 1", sacct="echo 'CANCELLED by 1000'")
+    fake_slurm(monkeypatch, tmp_path, squeue="exit 0", scontrol=FORGOTTEN, sacct="echo 'CANCELLED by 1000'")
     submission = Submission("s1", "slurm", (Job(("sft",), job_id="93"),))
     state = resolve(run, submission, "sft")
     assert (state.state, state.reason) == ("cancelled", "job 93: it was cancelled by scancel")
+
+
+def test_a_controller_that_says_nothing_ends_no_job(run, tmp_path, monkeypatch) -> None:
+    silence = "echo 'Unable to contact slurm controller (connect failure)'; exit 1"
+    fake_slurm(monkeypatch, tmp_path, squeue="exit 0", scontrol=silence)
+    set_state(run, "sft", "s1", "running", attempt=1)
+    submission = Submission("s1", "slurm", (Job(("sft",), job_id="95"),))
+    assert resolve(run, submission, "sft").state == "running"
+    fake_slurm(monkeypatch, tmp_path, scontrol="echo JobId=95 JobState=NODE_FAIL")
+    assert resolve(run, submission, "sft").reason == "died (job 95): its node failed"
+
+
+def test_a_job_that_ended_before_its_work_began_is_explained_by_its_log(run, tmp_path, monkeypatch) -> None:
+    fake_slurm(monkeypatch, tmp_path, squeue="exit 0", scontrol="echo JobId=96 JobState=FAILED ExitCode=1:0")
+    submission = Submission("s1", "slurm", (Job(("sft",), job_id="96"),))
+    atomic.write_text(run.root / "jobs" / "s1-sft" / "96_0_log.err", "Lmod has detected ...\nno module cuda/99\n\n")
+    state = resolve(run, submission, "sft")
+    assert (state.state, state.reason) == ("failed", "its job 96 ended before its work began: no module cuda/99")
+
+
+def test_a_job_killed_after_it_had_written_its_outputs_is_done(run, tmp_path, monkeypatch) -> None:
+    fake_slurm(monkeypatch, tmp_path, squeue="exit 0", scontrol="echo JobId=97 JobState=FAILED")
+    submission = Submission("s1", "slurm", (Job(("sft",), job_id="97"),))
+    set_state(run, "sft", "s1", "running", attempt=2)
+    run.write_outputs(Outputs("sft", "f", 1, {}, {}))
+    assert resolve(run, submission, "sft").state == "failed"  # these are an earlier attempt's
+    run.write_outputs(Outputs("sft", "f", 2, {}, {}))
+    assert resolve(run, submission, "sft").state == "done"
 
 
 def in_allocation(restart: int) -> Submission:

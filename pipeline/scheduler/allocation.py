@@ -19,7 +19,7 @@ from pipeline.config.cluster import Cluster
 from pipeline.errors import UserError
 from pipeline.run import atomic
 from pipeline.run.directory import RunDir
-from pipeline.scheduler import script, slurm
+from pipeline.scheduler import slurm
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.options import shell_command
 from pipeline.scheduler.state import recorded_state, resolve, set_state
@@ -61,7 +61,7 @@ def surrounding(environ: Mapping[str, str] = os.environ) -> Allocation:
 def start_jobs(run: RunDir, submission: Submission, cluster: Cluster, code: Path) -> Submission:
     """Start the jobs, each waiting for those that it needs, and record their processes."""
     for job in submission.jobs:
-        folder = script.job_folder(run, submission.id, job)
+        folder = submissions.job_folder(run, submission.id, job)
         folder.mkdir(parents=True, exist_ok=True)
         argv = shell_command(sys.executable, cluster, run.root, code, job, submission.id)
         with (folder / "0_log.err").open("ab") as output:

@@ -82,7 +82,7 @@ def _start_local(run: RunDir, submission: Submission, cluster: Cluster, job: Job
 
     # A Slurm job marks its own children: the batch shell and srun above it must not be taken for them.
     os.environ |= {procs.RUN_MARK: str(run.root), procs.STAGE_MARK: job.name}
-    executor = submitit.LocalExecutor(script.job_folder(run, submission.id, job))
+    executor = submitit.LocalExecutor(submissions.job_folder(run, submission.id, job))
     executor.update_parameters(timeout_min=job_resources(cluster, job).time_min)
     started = executor.submit(run_job, str(run.root), job.name, submission.id)
     return str(started.job_id)

@@ -68,14 +68,17 @@ def runs(job_id: str, restart: int) -> bool:
     """Whether a job runs in the start that `restart` counts: not once that is over, nor while it waits again."""
     if job_id not in ask([job_id]):
         return False
-    fields = slurm.show(job_id)
+    try:
+        fields = slurm.show(job_id)
+    except procs.NoAnswer:
+        return True  # as above: nothing is known
     return fields.get("JobState") != "PENDING" and int(fields.get("Restarts", restart)) == restart
 
 
 def parse(line: str) -> Queued:
     """A line of squeue's; what is missing or malformed in it is not known."""
     job_id, state, reason, nodes, start, used, left = (*(word.strip() for word in line.split("|")), *[""] * 7)[:7]
-    return Queued(job_id, state, reason, nodes, _moment(start), _duration(used), _duration(left))
+    return Queued(job_id, state, reason, nodes, slurm.moment(start), slurm.duration(used), slurm.duration(left))
 
 
 def own_scripts() -> list[tuple[str, str]]:
@@ -155,22 +158,6 @@ def _why(job: Queued) -> tuple[str, str]:
     )
     said = f" ({job.reason})" if job.reason not in ("", "None") else ""
     return f"{why}{said}", remedy.format(id=job.job_id)
-
-
-def _duration(text: str) -> float | None:
-    """Seconds of [days-][hours:]minutes:seconds; None for anything else, such as UNLIMITED."""
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
-    if match is None:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
-
-
-def _moment(text: str) -> float | None:
-    try:
-        return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
-    except ValueError:
-        return None
 
 
 def _clock(moment: float, now: float | None) -> str:

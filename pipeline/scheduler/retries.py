@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pipeline.config.cluster import Cluster
 from pipeline.run import atomic
+from pipeline.scheduler import slurm
 from pipeline.stages.faults import Fault
 
 _MEGABYTES = {"K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
@@ -119,12 +120,8 @@ def changes(cluster: Cluster, retry: Retry, cpus: int, excluded: str) -> dict[st
 
 
 def minutes(text: str) -> int:
-    """Slurm's [days-]hours:minutes:seconds as minutes, rounded up; 0 for UNLIMITED and what is no time."""
-    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
-    if found is None:
-        return 0
-    days, hours, mins, seconds = (int(part or 0) for part in found.groups())
-    return math.ceil((days * 24 + hours) * 60 + mins + seconds / 60)
+    """A time limit as Slurm writes it, in minutes, rounded up; 0 for UNLIMITED and what is no time."""
+    return math.ceil((slurm.duration(text) or 0.0) / 60)
 
 
 def _gigabytes(text: str) -> float:

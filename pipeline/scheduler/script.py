@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.run import bad_nodes
 from pipeline.run.directory import RunDir
 from pipeline.scheduler.options import retry_lines, setup_lines, slurm_options, srun_args, work_command
-from pipeline.scheduler.submission import JOBS, Job
+from pipeline.scheduler.submission import Job, job_folder
 
 if TYPE_CHECKING:
     import submitit
@@ -44,11 +44,6 @@ def check_path(root: Path) -> None:
         raise UserError(f"--run-dir {text!r}: PYTHONPATH ends a folder at each colon; choose a path without it")
     if not text.isprintable():
         raise UserError(f"--run-dir {text!r}: an sbatch script holds no control character; choose a path without it")
-
-
-def job_folder(run: RunDir, submission: str, job: Job) -> Path:
-    """Where a job's script and logs are."""
-    return run.root / JOBS / f"{submission}-{job.name}"
 
 
 def render(run: RunDir, submission: str, cluster: Cluster, job: Job, code: Path, python: str = sys.executable) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import time
@@ -21,6 +20,11 @@ _SAID = {
     "DEADLINE": "it passed its deadline",
 }
 """Slurm's words for the end of a job, in ours."""
+_SILENCE = re.compile(r"[Cc]ontact|[Cc]onnect|[Cc]ommunicat|timed out|Zero Bytes|temporarily")
+"""Slurm's words for a controller that is away, in several versions."""
+_ends: dict[str, tuple[float, str]] = {}
+"""When it was last asked how a job ended, and the answer: a word stays, none may come yet, of accounting."""
+_ASK_AGAIN_S = 10.0
 
 
 def job_id() -> str | None:
@@ -29,39 +33,48 @@ def job_id() -> str | None:
 
 
 def preempted(job: str) -> bool:
-    """Whether Slurm has decided to preempt the job, which may run on for its grace time."""
-    fields = show(job)
-    return fields.get("JobState") == "PREEMPTED" or fields.get("PreemptTime", "None") not in ("None", "(null)")
+    """Whether Slurm has decided to preempt the job, which may run on for its grace time; False without an answer."""
+    return preempts(_answer(job))
 
 
 def is_batch(job: str) -> bool:
     """Whether the job is a batch script: only those can be requeued, and end with scancel without taking a shell."""
-    return show(job).get("BatchFlag") == "1"
+    return _answer(job).get("BatchFlag") == "1"
 
 
-def describe_end(job: str, since: float = 0.0) -> str | None:
-    """How a job that is over ended, in words; None where Slurm has forgotten it, or says nothing that helps."""
-    return _SAID.get(end_state(job, since))
+def in_words(end: str) -> str | None:
+    """What Slurm's word for the end of a job means; None where that says nothing which helps."""
+    return _SAID.get(end)
 
 
-@functools.lru_cache(256)  # asked for jobs that are over: the answer stays
 def end_state(job: str, since: float = 0.0) -> str:
-    """Slurm's word for the end of a job that is over; "" where it has forgotten it.
+    """Slurm's word for the end of a job that is over; "" where it has forgotten it. Raises NoAnswer.
 
     The controller remembers a job for some minutes; afterwards only accounting does, which not every site has. Jobs
     older than a day it looks for only when told `since` when.
     """
-    return show(job).get("JobState") or _accounted(job, since)
+    asked, word = _ends.get(job, (float("-inf"), ""))
+    if not word and time.monotonic() - asked > _ASK_AGAIN_S:
+        word = show(job).get("JobState") or _accounted(job, since)
+        _ends[job] = (time.monotonic(), word)
+    return word
 
 
-def show(job: str) -> dict[str, str]:
-    """The controller's fields of a job, by name; empty where it does not know the job."""
+def show(job: str, timeout_s: float = 60.0) -> dict[str, str]:
+    """The controller's fields of a job, by name; empty where it does not know the job, or there is no Slurm.
+
+    Raises NoAnswer where it says nothing.
+    """
     try:
-        status, text = procs.capture(["scontrol", "--oneliner", "show", "job", job])
+        status, text = procs.capture(["scontrol", "--oneliner", "show", "job", job], timeout_s=timeout_s)
+    except procs.NoAnswer:
+        raise
     except UserError:  # no such command here
         return {}
+    if status != 0 and _SILENCE.search(text):
+        raise procs.NoAnswer(f"scontrol show job {job}: {' '.join(text.split())}")
     fields = (word.partition("=") for word in text.split())
-    return {name: value for name, equals, value in fields if equals} if status == 0 else {}
+    return {name: value for name, equals, value in fields if equals}
 
 
 def on_a_node(environ: Mapping[str, str] = os.environ) -> bool:
@@ -69,19 +82,30 @@ def on_a_node(environ: Mapping[str, str] = os.environ) -> bool:
     return "SLURM_JOB_ID" in environ and "SLURMD_NODENAME" in environ
 
 
-def interrupted(job: str | None = None) -> bool:
-    """Whether the TERM that this job got is no end but an interruption: it is preempted, or queued again already."""
-    job = job or job_id()
-    if job is None:
-        return False
-    fields = show(job)
+def interrupted(job: str) -> bool:
+    """Whether the TERM that a job got is no end but an interruption; False without an answer."""
+    return interrupts(_answer(job))
+
+
+def interrupts(fields: Mapping[str, str]) -> bool:
+    """Whether a job with these fields, which got a TERM, is preempted, or queued again already."""
     return queued_again(fields) or fields.get("JobState") in ("RUNNING", "PREEMPTED")
 
 
-def out_of_time() -> bool:
-    """Whether the TERM that this job got is the end of its time limit."""
-    job = job_id()
-    return job is not None and ends_for_time(show(job))
+def preempts(fields: Mapping[str, str]) -> bool:
+    """Whether these are the fields of a job that is being preempted."""
+    return fields.get("JobState") == "PREEMPTED" or fields.get("PreemptTime", "None") not in ("None", "(null)")
+
+
+def runs_on(fields: Mapping[str, str]) -> bool:
+    """Whether a job with these fields, which got a TERM, may go on for some time before it is ended."""
+    return fields.get("JobState") == "RUNNING" and not queued_again(fields)
+
+
+def near_limit(fields: Mapping[str, str], warning_s: float) -> bool:
+    """Whether a job's time limit is `warning_s` away, or up to a minute more, as exactly as Slurm warns."""
+    end = moment(fields.get("EndTime", ""))
+    return end is not None and end - time.time() < warning_s + 60 and not preempts(fields)
 
 
 def ends_for_time(fields: Mapping[str, str]) -> bool:
@@ -94,11 +118,14 @@ def requeue(job: str | None = None, changes: Mapping[str, str] | None = None) ->
 
     `changes` are what it asks for from now on. A user may change a job that waits, not one that runs; a requeued job
     waits for some seconds before it may start (cred_expire), so the change is in time. A job that may not have what it
-    needs is cancelled.
+    needs is cancelled. Raises UserError when Slurm refuses, or is ending the job for good.
     """
     job = job or job_id()
     assert job is not None
-    if not queued_again(show(job)):
+    fields = show(job)
+    if not queued_again(fields):
+        if fields.get("JobState") in ("CANCELLED", "COMPLETING") and not ends_for_time(fields):
+            raise UserError(f"job {job} is being ended, by scancel or by its node")  # which a requeue would undo
         _order(["scontrol", "requeue", job])
     if changes:
         try:
@@ -142,6 +169,30 @@ def cancel(job_ids: Sequence[str]) -> None:
 def queued_again(fields: Mapping[str, str]) -> bool:
     """Whether Slurm has counted a restart that this process is not part of."""
     return int(fields.get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def duration(text: str) -> float | None:
+    """Seconds of Slurm's [days-][hours:]minutes:seconds; None for anything else, such as UNLIMITED."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def moment(text: str) -> float | None:
+    """A time as Slurm writes it, in seconds since the epoch; None for anything else, such as Unknown."""
+    try:
+        return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return None
+
+
+def _answer(job: str) -> dict[str, str]:
+    try:
+        return show(job)
+    except procs.NoAnswer:
+        return {}
 
 
 def _accounted(job: str, since: float) -> str:

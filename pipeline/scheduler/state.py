@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from pipeline import procs
 from pipeline.run import atomic, events
 from pipeline.run.directory import RunDir
 from pipeline.scheduler import slurm
-from pipeline.scheduler.submission import SUBMITTING_S, Job, Submission, job_alive
+from pipeline.scheduler.submission import SUBMITTING_S, Job, Submission, job_alive, job_log
+from pipeline.stages.faults import LOG_MARK
 
 ENDED = ("done", "skipped", "failed", "cancelled", "stopped")
 
@@ -61,20 +64,38 @@ def resolve(run: RunDir, submission: Submission, stage: str) -> State:
         return recorded
     if job.job_id is None and time.time() - submission.time < SUBMITTING_S:
         return recorded  # still being submitted
+    if recorded.attempt and (outputs := run.outputs(stage)) and outputs.attempt == recorded.attempt:
+        return State(submission.id, "done", "it was killed when all was written", recorded.attempt, outputs.finished)
     for parent in job.waits_for if recorded.state in ("pending", "waiting") else ():
         before = resolve(run, submission, parent)  # Slurm ends what waits for a job that failed
         if before.ended and not before.good:
             return State(submission.id, "cancelled", f"{parent} {before.state}", recorded.attempt, recorded.time)
-    state, reason = _end(submission, job)
+    try:
+        state, reason = _end(run, submission, job, recorded.attempt > 0)
+    except procs.NoAnswer:
+        return recorded  # nothing is known, and nothing made up
     return State(submission.id, state, reason, recorded.attempt, recorded.time)
 
 
-def _end(submission: Submission, job: Job) -> tuple[str, str]:
-    """State and reason of a job that ended without a word of its own."""
+def _end(run: RunDir, submission: Submission, job: Job, began: bool) -> tuple[str, str]:
+    """State and reason of a job that ended without a word of its own. Raises NoAnswer."""
     if job.job_id is None:
         return "failed", "was never submitted"
     slurm_id = job.job_id if submission.executor == "slurm" else submission.allocation
-    said = slurm.describe_end(slurm_id, submission.time) if slurm_id else None
-    if said is not None and slurm_id and slurm.end_state(slurm_id, submission.time) == "CANCELLED":
+    word = slurm.end_state(slurm_id, submission.time) if slurm_id else ""
+    said = slurm.in_words(word)
+    if word == "CANCELLED":
         return "cancelled", f"job {slurm_id}: {said}"
+    if said is None and not began and (line := _last_line(job_log(run, submission, job))):
+        return "failed", f"its job {job.job_id} ended before its work began: {line}"
     return "failed", f"died (job {job.job_id}): {said or 'it was killed or lost its node'}"
+
+
+def _last_line(log: Path) -> str:
+    """What a job's log ends with: of a module that does not load, or a command that is not there."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
+        lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines()]
+    return next((line for line in reversed(lines) if line and not line.startswith(LOG_MARK)), "")

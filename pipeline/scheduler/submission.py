@@ -74,6 +74,17 @@ class Submission:
         return replace(self, jobs=tuple(job if old.name == job.name else old for old in self.jobs))
 
 
+def job_folder(run: RunDir, submission: str, job: Job) -> Path:
+    """Where a job's script and logs are."""
+    return run.root / JOBS / f"{submission}-{job.name}"
+
+
+def job_log(run: RunDir, submission: Submission, job: Job) -> Path:
+    """What the job, its script, and Slurm about it, wrote to stderr."""
+    name = "0_log.err" if submission.executor == "allocation" else f"{job.job_id}_0_log.err"
+    return job_folder(run, submission.id, job) / name
+
+
 def write(run: RunDir, submission: Submission) -> None:
     """Record the submission."""
     atomic.write_json(_path(run, submission.service), asdict(submission))

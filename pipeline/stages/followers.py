@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline import procs
 from pipeline.config.cluster import Cluster
 from pipeline.run.directory import RunDir
-from pipeline.scheduler import script
+from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.options import shell_command
 from pipeline.scheduler.submission import Job, Submission
 from pipeline.stages.nodes import FOLLOWS, MEETING, Nodes
@@ -29,7 +29,7 @@ def started(run: RunDir, cluster: Cluster, submission: Submission, job: Job, nod
     code = Path(__file__).resolve().parents[2]  # this job runs the code of its submission
     work = shell_command(sys.executable, cluster, run.root, code, job, submission.id)
     env = {key: value for key, value in os.environ.items() if not key.startswith("SUBMITIT_")} | {FOLLOWS: "1"}
-    with (script.job_folder(run, submission.id, job) / "followers_log.err").open("ab") as output:
+    with (submissions.job_folder(run, submission.id, job) / "followers_log.err").open("ab") as output:
         child = procs.spawn([*_srun(cluster, nodes), *work], env=env, output=output)
     try:
         yield

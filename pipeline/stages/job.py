@@ -14,22 +14,23 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from pipeline import oom, procs
+from pipeline import procs
 from pipeline.config.load import read_config
 from pipeline.errors import UserError
-from pipeline.run import atomic, hashing
+from pipeline.run import hashing
 from pipeline.run.directory import RunDir
 from pipeline.run.sources import check_sources
 from pipeline.scheduler import slurm
 from pipeline.scheduler import submission as submissions
-from pipeline.scheduler.state import recorded_state, resolve, set_state
+from pipeline.scheduler.state import resolve, set_state
 from pipeline.scheduler.submission import Job, Submission
-from pipeline.stages import faults, followers, retry
+from pipeline.stages import followers, retry
 from pipeline.stages.base import Context
 from pipeline.stages.devices import granted_devices
+from pipeline.stages.ending import Ending, Terminated
 from pipeline.stages.execute import STOPPED, StageFailed, StageStopped, Superseded, run_stage
 from pipeline.stages.follower import follow_leader
-from pipeline.stages.nodes import of_job
+from pipeline.stages.nodes import MEETING, of_job
 from pipeline.stages.plan import verdict
 from pipeline.stages.registry import REGISTRY
 from pipeline.stages.service import serve_alone, serve_train, train_beside_server
@@ -40,14 +41,6 @@ VISIBLE_DEVICES = "HH_PIPELINE_VISIBLE_DEVICES"
 """Carries the submitter's CUDA_VISIBLE_DEVICES past submitit's local executor, which overwrites it."""
 
 
-REQUEUED = "requeued"
-"""Text of a STOP flag that a job wrote for itself, because Slurm is about to end it."""
-
-
-class Terminated(BaseException):
-    """The job was asked to end (SIGTERM)."""
-
-
 def run_job(run_dir: str, stages: str, submission_id: str) -> str:
     """Run a job's stages ("+"-joined); returns a word for submitit's result file. Raises when a stage fails."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
@@ -56,23 +49,16 @@ def run_job(run_dir: str, stages: str, submission_id: str) -> str:
     if os.environ.get("SUBMITIT_EXECUTOR") == "local":
         procs.die_with_parent(int(os.environ["SUBMITIT_LOCAL_JOB_ID"]))  # the controller, whose child this is
         _restore_devices()
-    signal.signal(signal.SIGTERM, _terminate)
     nodes = of_job()
     if not nodes.leads:
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # the leader's to answer
+        _listen_to_leader()
         os.environ |= {procs.RUN_MARK: str(run.root), procs.STAGE_MARK: stages}
         follow_leader(run, read_config(run.root), names, nodes)
         return "done"
-    if slurm.job_id() is not None:
-        started = time.time()
-        signal.signal(signal.SIGTERM, lambda signum, frame: _end(run, submission_id, names, started))
-        if "train" in names:  # a server that comes back first must not take the training's request away
-            _forget_request(run)
-        # In place of submitit's handler, which asks Slurm to end the job before the training has saved.
-        signal.signal(signal.SIGUSR2, lambda signum, frame: _ask_to_save(run, names))
+    ending = Ending(run, submission_id, names)
+    ending.listen()
     os.environ[procs.RUN_MARK] = str(run.root)
     os.environ[procs.STAGE_MARK] = stages
-    kills = oom.kills()
     # A job that has no business here says so and writes nothing: the states are another's.
     submission = _adopt(run, _wait_for_record(run, submission_id), names)
     job = submission.job_of(names[0])
@@ -84,21 +70,8 @@ def run_job(run_dir: str, stages: str, submission_id: str) -> str:
         procs.end_marked(run.root, (procs.STAGE_MARK, stages), grace_s=0.0)
         with followers.started(run, read_config(run.root).cluster, submission, job, nodes):
             _run_stages(run, submission, names)
-    except Terminated:
-        _record_end(run, submission_id, names)
-        raise
-    except StageStopped as stopped:
-        if _requested(run):
-            _requeue(run, submission_id, names)
-            raise
-        set_state(run, names[-1], submission_id, "stopped", str(stopped), stopped.attempt)
-        raise
-    except StageFailed as failure:
-        retry.failed(run, submission_id, names, failure.fault, str(failure), failure.attempt)
-        raise
-    except Exception as error:  # anything but a UserError is a bug: its traceback is in the job's log
-        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        retry.failed(run, submission_id, names, faults.of_work(None, reason, "", kills), reason)
+    except BaseException as error:
+        ending.settle(error)
         raise
     return "done"
 
@@ -148,61 +121,6 @@ def _train(run: RunDir, submission: Submission, names: tuple[str, ...]) -> None:
     else:
         devices = granted_devices(context.config.cluster, ("train",))
         run_stage(context, "train", submission.id, reason, devices, forced=forced, nodes=nodes)
-
-
-def _ask_to_save(run: RunDir, names: tuple[str, ...]) -> None:
-    """On Slurm's warning: a training saves at its next step and stops, and a server on its own ends, to come back.
-
-    Other work has nothing to save and goes on.
-    """
-    if names == ("serve",):
-        _terminate(signal.SIGTERM, None)
-    if "train" in names and read_config(run.root).cluster.requeue and not run.stop_flag.exists():
-        atomic.write_text(run.stop_flag, REQUEUED)
-
-
-def _record_end(run: RunDir, submission: str, names: tuple[str, ...]) -> None:
-    """After a TERM: the job tries again, was interrupted without a warning before, or is asked to end for good."""
-    if retry.queued(run, submission, names):
-        return
-    if slurm.interrupted():
-        _requeue(run, submission, names)
-        return
-    for name in names:
-        recorded = recorded_state(run, name)
-        if recorded is None or recorded.submission != submission or not recorded.ended:
-            set_state(run, name, submission, "cancelled", "the job was asked to end")
-
-
-def _requested(run: RunDir) -> bool:
-    """Whether the STOP flag is the job's own, and not a person's."""
-    return run.stop_flag.exists() and run.stop_flag.read_text() == REQUEUED
-
-
-def _forget_request(run: RunDir) -> None:
-    """Remove the job's own STOP flag: it has been obeyed, or came too late."""
-    if _requested(run):
-        run.stop_flag.unlink()
-
-
-def _requeue(run: RunDir, submission: str, names: tuple[str, ...]) -> None:
-    """Put the job back into the queue; its dependents keep waiting for it. Says so where the site does not allow it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm sends it for what is done here, and it must not cut it short
-    _forget_request(run)
-    if not read_config(run.root).cluster.requeue:
-        for name in names:
-            set_state(run, name, submission, "stopped", "Slurm ended the job; submit again to go on")
-        return
-    for name in names:
-        set_state(run, name, submission, "pending", "interrupted by Slurm; it waits in the queue again")
-    try:
-        slurm.requeue()
-    except UserError as refusal:
-        for name in names:
-            set_state(
-                run, name, submission, "stopped", f"interrupted by Slurm, which does not queue it again: {refusal}"
-            )
-        raise
 
 
 def _kept(run: RunDir, stage: str, reason: str) -> str:
@@ -270,26 +188,14 @@ def _restore_devices() -> None:
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
 
 
-def _end(run: RunDir, submission: str, names: tuple[str, ...], started: float) -> None:
-    """On Slurm's TERM. A job out of time sees to its next start first: Slurm soon kills what is left of this one.
-
-    A training that has not saved in time just goes on, if it is nearer to its end than it was at its start.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if slurm.out_of_time():
-        saved = any(path.stat().st_mtime > started for path in run.checkpoints.glob("*/step-*"))
-        if "train" in names and saved and read_config(run.root).cluster.requeue:
-            slurm.requeue()
-        else:
-            recorded = recorded_state(run, names[-1])
-            said = "it reached its time limit; raise time_min for its stage in the cluster profile"
-            fault = faults.Fault("time", "it reached its time limit")
-            retry.failed(run, submission, names, fault, said, recorded.attempt if recorded else 0)
-    raise Terminated
+def _listen_to_leader() -> None:
+    """What Slurm says to all of a job's tasks is the leader's to answer; a task of its own making ends when told."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _terminate if MEETING in os.environ else signal.SIG_IGN)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough; what follows ends the children in order
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Terminated
 
 

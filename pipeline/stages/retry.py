@@ -16,6 +16,7 @@ from pathlib import Path
 from pipeline.config.cluster import Cluster
 from pipeline.config.load import read_config
 from pipeline.errors import UserError, run_command
+from pipeline.procs import NoAnswer
 from pipeline.run import bad_nodes, events
 from pipeline.run.directory import RunDir
 from pipeline.scheduler import needs, retries, slurm
@@ -65,14 +66,17 @@ def _try_again(run: RunDir, cluster: Cluster, submission: str, names: tuple[str,
     assert job is not None
     if retries.claimed(folder, job, _restart()):
         return None
-    fields, done = slurm.show(job), retries.records(folder)
+    try:
+        fields, done = slurm.show(job), retries.records(folder)
+    except NoAnswer as silence:
+        return f"no retry: {silence}"
     cpus = max(cluster.resources(name).cpus for name in names)
     if slurm.queued_again(fields):  # Slurm did it: what failed was hit by that
         for name in names:
             set_state(run, name, submission, "pending", "interrupted by Slurm; it waits in the queue again")
         return None
     if fields.get("JobState") != "RUNNING" and not slurm.ends_for_time(fields):
-        return "no retry: Slurm ends the job, or does not answer"
+        return "no retry: Slurm ends the job"
     avoided = slurm.hostnames(fields.get("ExcNodeList", "")) | {bad.node for bad in bad_nodes.known(run)}
     asked = retries.asked(cluster, fields, cpus, avoided)
     retry = retries.decide(cluster, fault, asked, _room(fields), len(done))
