@@ -13,6 +13,8 @@ from mini_slurm import MiniSlurm
 
 from pipeline.run import atomic
 from pipeline.run.directory import RunDir
+from pipeline.run.progress import saved_steps
+from pipeline.training.stop import EX_TEMPFAIL
 
 pytestmark = [pytest.mark.slurm, pytest.mark.triton, pytest.mark.chain]
 
@@ -33,9 +35,8 @@ def test_a_rerun_submits_nothing(slurm: MiniSlurm, finished: Path) -> None:
     assert (done.status, "nothing to do" in done.out) == (0, True), done.err
 
 
-@pytest.mark.parametrize("how", ["preempted by an urgent job", "requeued by hand"])
-def test_an_interrupted_training_goes_on_and_ends_in_the_same_weights(
-    slurm: MiniSlurm, finished: Path, tmp_path: Path, how: str
+def test_a_training_that_is_preempted_told_to_end_and_requeued_ends_in_the_same_weights(
+    slurm: MiniSlurm, finished: Path, tmp_path: Path
 ) -> None:
     run = until_training(finished, tmp_path / "run")
     profile = slurm.folder / "profile.yaml"
@@ -46,18 +47,26 @@ def test_an_interrupted_training_goes_on_and_ends_in_the_same_weights(
     assert environment_of(server)["CUDA_VISIBLE_DEVICES"] == "7"
     assert {environment_of(pid)["CUDA_VISIBLE_DEVICES"] for pid in ranks} == {"0,1,2,3,4,5,6"}
     assert environment_of(server)["HH_SITE"] == "a value with 'quotes'"
-    if how == "requeued by hand":  # TERM without a warning, and a kill soon after
-        slurm.command("scontrol", "requeue", slurm.command("squeue", "-h", "-o", "%i", "-n", "hh-serve+train").strip())
-    else:
-        urgent = ("--partition=urgent", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=sleep 2")
-        slurm.command("sbatch", *urgent)
+    job = slurm.command("squeue", "-h", "-o", "%i", "-n", "hh-serve+train").strip()
+    attempts = run / "stages" / "train" / "attempts"
+
+    urgent = ("sbatch", "--partition=urgent", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=sleep 2")
+    grace = ("scancel", "--signal=TERM", job)  # as a site preempts that sends no other signal: the job runs on
+    for number, interruption in enumerate((urgent, grace, ("scontrol", "requeue", job)), 1):
+        slurm.command(*interruption)
+        wait_for((attempts / f"{number + 1:04d}" / "out").exists, f"interruption {number} to be over")
+        reached = saved_steps(RunDir(run))
+        if number < 3:  # the third comes with no time to save
+            ended = atomic.read_json(attempts / f"{number:04d}" / "exit.json")
+            assert ended is not None
+            assert ended["status"] == EX_TEMPFAIL
+            wait_for(lambda reached=reached: saved_steps(RunDir(run)) > reached, "the training to get further")
     assert follower.wait(240) == 0
     assert policy_sha256(run) == policy_sha256(finished)
-    attempts = sorted(path.name for path in (run / "stages" / "train" / "attempts").iterdir())
-    assert attempts == ["0001", "0002"]
-    second = atomic.read_json(run / "stages" / "train" / "attempts" / "0002" / "job.json")
-    assert second is not None
-    assert second["slurm_restart_count"] == "1"
+    assert len(list(attempts.iterdir())) == 4
+    last = atomic.read_json(attempts / "0004" / "job.json")
+    assert last is not None
+    assert last["slurm_restart_count"] == "3"
     assert RunDir(run).outputs("evaluate") is not None  # it waited for the requeued job
     assert not (run / "control" / "STOP").exists()
     wait_for(lambda: nothing_left(run), "every process to end", 20)
