@@ -124,11 +124,11 @@ def test_an_end_while_planning_gives_the_runs_lock_back(tmp_path: Path, monkeypa
     assert "requeue 71" in calls.read_text().splitlines()
 
 
-def test_the_nodes_of_an_allocation_meet_under_the_submissions_name(tmp_path: Path) -> None:
+def test_the_nodes_of_a_job_in_an_allocation_meet_by_themselves(tmp_path: Path) -> None:
     leader = {MEETING: "s1", "SLURM_JOB_NUM_NODES": "3", "SLURM_PROCID": "0", "SLURM_JOB_ID": "71"}
     follower = {**leader, FOLLOWS: "1", "SLURM_PROCID": "1", "SLURM_NNODES": "2"}
     assert of_job(leader) == Nodes(3, 0)
     assert of_job(follower) == Nodes(3, 2)
     Meeting(RunDir(tmp_path), leader).beat(0, status="ended")
-    assert Meeting(RunDir(tmp_path), follower).word(0) is not None
-    assert Meeting(RunDir(tmp_path), {**leader, MEETING: "s2"}).word(0) is None  # the next one in that allocation
+    assert Meeting(RunDir(tmp_path), follower).word(0)["status"] == "ended"
+    assert Meeting(RunDir(tmp_path), {**leader, MEETING: "s2"}).word(0) == {}  # another job in that allocation

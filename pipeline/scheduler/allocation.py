@@ -73,7 +73,8 @@ def start_jobs(run: RunDir, submission: Submission, cluster: Cluster, code: Path
 
 def _environment(run: RunDir, submission: Submission, job: Job) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(_OTHERS)}
-    return {**kept, procs.RUN_MARK: str(run.root), procs.STAGE_MARK: job.name, MEETING: submission.id}
+    meeting = f"{submission.id}-{job.name}-{submission.restart}"  # a start's own: a requeued allocation has new ones
+    return {**kept, procs.RUN_MARK: str(run.root), procs.STAGE_MARK: job.name, MEETING: meeting}
 
 
 class Ending:

@@ -24,12 +24,12 @@ from pipeline.scheduler import slurm
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.state import recorded_state, resolve, set_state
 from pipeline.scheduler.submission import Job, Submission
-from pipeline.stages import faults, followers, retry
+from pipeline.stages import faults, further_nodes, retry
 from pipeline.stages.base import Context
 from pipeline.stages.devices import granted_devices
 from pipeline.stages.execute import STOPPED, StageFailed, StageStopped, Superseded, run_stage
-from pipeline.stages.follower import follow_leader
-from pipeline.stages.nodes import of_job
+from pipeline.stages.node_share import do_share
+from pipeline.stages.nodes import Nodes, lead, of_job
 from pipeline.stages.plan import verdict
 from pipeline.stages.registry import REGISTRY
 from pipeline.stages.service import serve_alone, serve_train, train_beside_server
@@ -61,8 +61,14 @@ def run_job(run_dir: str, stages: str, submission_id: str) -> str:
     if not nodes.leads:
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # the leader's to answer
         os.environ |= {procs.RUN_MARK: str(run.root), procs.STAGE_MARK: stages}
-        follow_leader(run, read_config(run.root), names, nodes)
+        do_share(run, read_config(run.root), names, nodes)
         return "done"
+    return lead(run, nodes, lambda: _do_job(run, stages, submission_id, nodes))
+
+
+def _do_job(run: RunDir, stages: str, submission_id: str, nodes: Nodes) -> str:
+    """The job, on its first node."""
+    names = tuple(stages.split("+"))
     if slurm.job_id() is not None:
         started = time.time()
         signal.signal(signal.SIGTERM, lambda signum, frame: _end(run, submission_id, names, started))
@@ -82,7 +88,7 @@ def run_job(run_dir: str, stages: str, submission_id: str) -> str:
             return "cancelled"
         # An earlier attempt's processes cannot outlive it, but a killed one may be a moment in dying.
         procs.end_marked(run.root, (procs.STAGE_MARK, stages), grace_s=0.0)
-        with followers.started(run, read_config(run.root).cluster, submission, job, nodes):
+        with further_nodes.started(run, read_config(run.root).cluster, submission, job, nodes):
             _run_stages(run, submission, names)
     except Terminated:
         _record_end(run, submission_id, names)
