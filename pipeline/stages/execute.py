@@ -119,7 +119,7 @@ def run_stage(
         raise StageStopped("it saved its state and stopped as asked; submit again to go on", number)
     if failure is not None:
         raise failure
-    outputs = _record(run, stage, known, fingerprint, number, seconds)
+    outputs = _record(run, stage, known, fingerprint, number, seconds, submission)
     set_state(run, stage_name, submission, "done", stage.headline(outputs.values), number)
     _prune(run, stage_name, number)
     if stage_name == "train":
@@ -208,7 +208,13 @@ def environment_of(stage: Stage, job: Work, more: dict[str, str]) -> dict[str, s
 
 
 def _record(
-    run: RunDir, stage: Stage, known: dict[str, object], fingerprint: str, number: int, seconds: float
+    run: RunDir,
+    stage: Stage,
+    known: dict[str, object],
+    fingerprint: str,
+    number: int,
+    seconds: float,
+    submission: str,
 ) -> Outputs:
     out = run.attempt(stage.name, number) / "out"
     result = atomic.read_json(out / work.RESULT)
@@ -220,7 +226,7 @@ def _record(
         sha256, size = hashing.hash_tree(path)
         artifacts[name] = Artifact(str(path.relative_to(run.root)), sha256, size)
     outputs = Outputs(
-        stage.name, fingerprint, number, artifacts, result["values"], known, finished=time.time(), seconds=seconds
+        stage.name, fingerprint, number, artifacts, result["values"], known, time.time(), seconds, submission
     )
     run.write_outputs(outputs)
     for name, artifact in artifacts.items():

@@ -124,7 +124,7 @@ def _run_one(run: RunDir, submission: Submission, stage: str) -> None:
     """Run one stage, unless its outputs turn out to be what it would make."""
     context = _context(run)
     planned = verdict(REGISTRY[stage], context)
-    forced = stage in submission.forced
+    forced = stage in submissions.still_forced(run, submission.forced, submission)
     if planned.action == "skip" and not forced:
         set_state(run, stage, submission.id, "skipped", _kept(run, stage, planned.reason))
         return
@@ -138,7 +138,7 @@ def _train(run: RunDir, submission: Submission, names: tuple[str, ...]) -> None:
     """Train, with the server in this job, in another one, or without one of this run's."""
     context = _context(run)
     planned = verdict(REGISTRY["train"], context)
-    forced = "train" in submission.forced
+    forced = "train" in submissions.still_forced(run, submission.forced, submission)
     if planned.action == "skip" and not forced:
         if "serve" in names:
             set_state(run, "serve", submission.id, "skipped", "not needed: train is up to date")
