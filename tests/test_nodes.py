@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,8 +21,9 @@ from pipeline.config.schema import Config
 from pipeline.run import atomic, hashing
 from pipeline.run.directory import RunDir
 from pipeline.scheduler.options import leader_lines
-from pipeline.scheduler.submission import Job
-from pipeline.stages import execute, node_share, nodes
+from pipeline.scheduler.state import recorded_state
+from pipeline.scheduler.submission import Job, Submission
+from pipeline.stages import execute, node_share, nodes, service
 from pipeline.stages.base import Context
 from pipeline.stages.execute import StageFailed, run_stage
 from pipeline.stages.faults import Fault
@@ -80,6 +83,8 @@ def test_a_node_whose_share_is_done_may_go(run: RunDir, monkeypatch: pytest.Monk
     follower.beat(1, status=0)
     follower.beat(1)  # until the leader is done, too
     assert leader.fault(2) is None
+    assert leader.fault(2) is None
+    follower.beat(1, reason="tritonserver failed 6 times in a row", fault=None)  # nobody asks it any more
     assert leader.fault(2) is None
 
 
@@ -158,6 +163,32 @@ def test_a_failure_of_the_leaders_own_stays_its_own(run: RunDir, monkeypatch: py
     monkeypatch.setattr(nodes, "HEAR_S", 0.5)
     failure = attempt(run, monkeypatch, "echo 'error: train.lr: too large'; exit 1")
     assert (str(failure), failure.fault) == ("train.lr: too large", None)
+
+
+def test_a_server_on_its_own_goes_on_without_that_of_a_further_node_and_says_so(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Server:
+        up, triton_host = True, "h1:1/rm"
+
+        def tick(self) -> None:
+            if "goes on" in said():
+                raise KeyboardInterrupt
+
+    def said() -> str:
+        state = recorded_state(run, "serve")
+        return state.reason if state else ""
+
+    @contextlib.contextmanager
+    def supervised(*arguments: object, tick: procs.Tick) -> Iterator[Server]:
+        Meeting(run).beat(1, reason="gone", fault=asdict(BROKEN))
+        yield Server()
+
+    monkeypatch.setattr(service, "supervised", supervised)
+    with pytest.raises(KeyboardInterrupt):
+        service.serve_alone(run, demo(), Submission("s1", "slurm", (Job(("serve",)),)), Nodes(2))
+    assert said() == f"TRITON_HOST=h1:1/rm; goes on without node 1 ({HOST}): gone"
+    assert Meeting(run).word(0)["status"] == "ended"
 
 
 # a further node's task

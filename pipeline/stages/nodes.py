@@ -67,12 +67,12 @@ class Rendezvous:
     """What the followers need to know of the leader's attempt at a stage."""
 
     stage: str
-    attempt: int
-    fingerprint: str
+    attempt: int = 0
+    fingerprint: str = ""
     """Value of the variable that names the checkpoints' folder."""
-    address: str
-    port: int
-    devices: int
+    address: str = ""
+    port: int = 0
+    devices: int = 0
     """GPUs that train on the first node; each node must have as many."""
 
 
@@ -148,10 +148,12 @@ class Meeting:
 
     def _lost(self, rank: int) -> Lost | None:
         word = self.word(rank)
+        if "status" in word:
+            return None  # its share of the training is done
         if "reason" in word:
             cause = word.get("fault")
             return Lost(f"node {rank} ({word['host']}): {word['reason']}", Fault(**cause) if cause else None)
-        if "status" not in word and self._watches[rank].still_s(word) > LOST_S:
+        if self._watches[rank].still_s(word) > LOST_S:
             reason = f"node {rank} has shown no life for {LOST_S:.0f} s"
             return Lost(reason, Fault("killed", reason))
         return None
@@ -188,22 +190,29 @@ class Leader:
         if self._count == 1:
             yield
             return
-        self._meeting.beat(0)
+        self.beat()
         self._meeting.call(rendezvous)
         try:
             yield
         finally:
             self._meeting.end()
 
+    def beat(self) -> None:
+        """Show life."""
+        if self._count > 1:
+            self._meeting.beat(0)
+
+    def lost(self) -> Lost | None:
+        """A further node whose work is over too early."""
+        return self._meeting.fault(self._count)
+
     def look(self) -> None:
         """Show life, and raise Lost when a further node's work is over too early.
 
         One that does not say why may have been hit by the failure of another node, which is heard first, or of this.
         """
-        if self._count == 1:
-            return
-        self._meeting.beat(0)
-        lost = self._meeting.fault(self._count)
+        self.beat()
+        lost = self.lost()
         if lost is None:
             return
         self._seen = self._seen or time.monotonic()
@@ -213,11 +222,9 @@ class Leader:
     def hear(self) -> Lost | None:
         """What failed on a further node before this one's work did, or what another try may cure there: this one's has
         failed, maybe because of that."""
-        if self._count == 1:
-            return None
-        first, deadline = self._meeting.fault(self._count), time.monotonic() + HEAR_S
+        first, deadline = self.lost(), time.monotonic() + HEAR_S
         while time.monotonic() < deadline and not self._meeting.all_said(self._count):
-            self._meeting.beat(0)
+            self.beat()
             time.sleep(0.2)
-        lost = self._meeting.fault(self._count)
+        lost = self.lost()
         return lost if lost is not None and lost.cause is not None else first
