@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pipeline.run import provenance
     from pipeline.run.directory import RunDir
     from pipeline.run.lock import lock
-    from pipeline.scheduler import script, slurm
+    from pipeline.scheduler import allocation, script, slurm
     from pipeline.scheduler import submission as submissions
     from pipeline.scheduler.submit import divide, refuse_other_config, submit
     from pipeline.stages.names import select_stages
@@ -81,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.dry_run:
         from pipeline.dry_run import show_plan
 
-        show_plan(run, config, plan(run, config, selected, arguments.force))
+        show_plan(run, config, plan(run, config, selected, selected if arguments.force else ()))
         return 0
-    ending = _enter_allocation(config.cluster, arguments.no_follow) if config.cluster.executor == "allocation" else None
+    ending = _enter_allocation(run, config.cluster, arguments.no_follow)
     mine = True  # the jobs to follow, and not another submitter's
     while True:
         with lock(run.root / "control" / "submit.lock", "submitting"):
@@ -94,14 +94,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"jobs of {shown} are running already; following them")
                 mine = False
             else:
-                planned = plan(run, config, selected, arguments.force)
+                forced = selected if arguments.force else ()
+                earlier = allocation.earlier_start(run, forced) if ending is not None else None
+                planned = plan(run, config, selected, submissions.still_forced(run, forced, earlier))
                 if all(each.action == "skip" for each in planned):
                     _say_nothing_to_do(run_dir, planned, time.monotonic() - started)
                     return 0
                 _say_plan(run_dir, planned)
                 here, rest = divide(config, planned)
-                forced = [each.stage for each in planned] if arguments.force else []
-                current = submit(run, config, here or rest, forced, "local" if here else None)
+                current = submit(run, config, here or rest, forced, "local" if here else None, earlier)
         if current.executor == config.cluster.executor:
             break
         # Stages that run here first. What they made may change what the others have to do: plan again.
@@ -130,7 +131,7 @@ def resolve_config(run: RunDir, preset: str | None, overrides: Sequence[str], cl
     return load.resolve({**load.load_preset(name), "preset": name}, overrides, cluster)
 
 
-def plan(run: RunDir, config: Config, selected: Sequence[str], force: bool) -> list[Planned]:
+def plan(run: RunDir, config: Config, selected: Sequence[str], forced: Sequence[str]) -> list[Planned]:
     """Plan the selected stages against what the run directory holds."""
     from pipeline.run.hashing import HashCache
     from pipeline.scheduler import needs
@@ -138,7 +139,7 @@ def plan(run: RunDir, config: Config, selected: Sequence[str], force: bool) -> l
     from pipeline.stages.plan import make_plan
 
     context = Context(run, config, HashCache(run.root / "cache" / "hashes.json"))
-    return needs.apply(run, config.cluster, make_plan(context, selected, force, os.environ))
+    return needs.apply(run, config.cluster, make_plan(context, selected, forced, os.environ))
 
 
 def _default_name(preset: str | None) -> str:
@@ -163,14 +164,16 @@ def _say_plan(run_dir: Path, planned: Sequence[Planned]) -> None:
     print(flush=True)
 
 
-def _enter_allocation(cluster: Cluster, no_follow: bool) -> allocation.Ending:
-    """Make sure that there is an allocation around, and listen for its end from now on."""
+def _enter_allocation(run: RunDir, cluster: Cluster, no_follow: bool) -> allocation.Ending | None:
+    """Where jobs run inside an allocation, make sure that there is one around, and listen for its end from now on."""
     from pipeline.scheduler import allocation
 
+    if cluster.executor != "allocation":
+        return None
     here = allocation.surrounding()
     if no_follow:
         raise UserError("--no-follow: jobs inside an allocation end with the command that started them; leave it out")
-    return allocation.Ending(here, cluster.requeue)
+    return allocation.Ending(run, here, cluster.requeue)
 
 
 def _follow(run: RunDir, run_dir: Path, submission: Submission) -> int:

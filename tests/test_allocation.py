@@ -6,15 +6,17 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipeline import procs
 from pipeline.config.cluster import Cluster
-from pipeline.run.directory import RunDir
+from pipeline.run.directory import Outputs, RunDir
 from pipeline.run.lock import lock
-from pipeline.scheduler.allocation import Allocation, Ending, wind_up
+from pipeline.scheduler import submission as submissions
+from pipeline.scheduler.allocation import Allocation, Ending, earlier_start, wind_up
 from pipeline.scheduler.state import recorded_state, set_state
 from pipeline.scheduler.submission import Job, Submission
 from pipeline.stages.nodes import FOLLOWS, MEETING, Meeting, Nodes, of_job
@@ -49,9 +51,14 @@ def running(run: RunDir, stage: str, command: str) -> Submission:
     return Submission("s1", "allocation", jobs, allocation="71", time=time.time())
 
 
-def following(number: int) -> Ending:
+def saves(run: RunDir) -> str:
+    """What a training does that is asked to stop."""
+    return f"while ! test -f {run.stop_flag}; do sleep 0.1; done; mkdir -p {run.checkpoints}/f/step-00000012"
+
+
+def following(run: RunDir, number: int) -> Ending:
     """As it is after a signal while the jobs are followed."""
-    ending = Ending(Allocation("71", 0), requeue=True)
+    ending = Ending(run, Allocation("71", 0), requeue=True)
     ending.following = True
     os.kill(os.getpid(), number)
     assert ending
@@ -63,9 +70,8 @@ def test_a_warned_training_is_asked_to_save_and_its_allocation_queued_again(
 ) -> None:
     calls = fake_scontrol(monkeypatch, tmp_path, RUNNING)
     run = RunDir(tmp_path / "run")
-    saves = f"trap 'touch {tmp_path}/killed' TERM; while ! test -f {run.stop_flag}; do sleep 0.1; done"
-    submission = running(run, "train", saves)
-    said = wind_up(run, submission, CLUSTER, following(signal.SIGUSR2))
+    submission = running(run, "train", f"trap 'touch {tmp_path}/killed' TERM; {saves(run)}")
+    said = wind_up(run, submission, CLUSTER, following(run, signal.SIGUSR2))
     assert said == "interrupted by Slurm: job 71 waits in the queue again, and goes on from here"
     assert "requeue 71" in calls.read_text().splitlines()
     assert not (tmp_path / "killed").exists()  # it had its time
@@ -80,7 +86,7 @@ def test_a_training_that_takes_too_long_to_save_is_ended(tmp_path: Path, monkeyp
     run = RunDir(tmp_path / "run")
     submission = running(run, "train", "sleep 600")
     started = time.monotonic()
-    wind_up(run, submission, CLUSTER, following(signal.SIGUSR2))
+    wind_up(run, submission, CLUSTER, following(run, signal.SIGUSR2))
     assert time.monotonic() - started < 20  # 27 seconds of grace, less those that a job has to end in
 
 
@@ -98,11 +104,24 @@ def test_an_allocation_is_not_queued_again(
 ) -> None:
     calls = fake_scontrol(monkeypatch, tmp_path, said)
     run = RunDir(tmp_path / "run")
-    submission = running(run, stage, "sleep 600")
-    assert word in wind_up(run, submission, cluster, following(number))
+    submission = running(run, stage, saves(run) if stage == "train" else "sleep 600")
+    assert word in wind_up(run, submission, cluster, following(run, number))
     assert "requeue" not in calls.read_text()
     assert submission.jobs[0].process is not None
     assert not submission.jobs[0].process.alive()
+
+
+def test_a_training_that_saved_no_further_than_the_last_time_is_not_begun_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = fake_scontrol(monkeypatch, tmp_path, RUNNING)
+    run = RunDir(tmp_path / "run")
+    (run.checkpoints / "f" / "step-00000012").mkdir(parents=True)
+    submission = running(run, "train", f"{saves(run)}; touch {run.checkpoints}/f/step-00000012/new")
+    said = wind_up(run, submission, CLUSTER, following(run, signal.SIGUSR2))
+    assert said == "train, evaluate: not done within the allocation's time; give it more (sbatch --time)"
+    assert (run.checkpoints / "f" / "step-00000012" / "new").exists()
+    assert "requeue" not in calls.read_text()
 
 
 def test_a_preempted_allocation_comes_back_though_nothing_was_done_yet(
@@ -111,24 +130,47 @@ def test_a_preempted_allocation_comes_back_though_nothing_was_done_yet(
     calls = fake_scontrol(monkeypatch, tmp_path, RUNNING.replace("PreemptTime=None", "PreemptTime=2026-01-01T00:00:00"))
     run = RunDir(tmp_path / "run")
     submission = running(run, "sft", "sleep 600")
-    assert "waits in the queue again" in wind_up(run, submission, CLUSTER, following(signal.SIGUSR2))
+    assert "waits in the queue again" in wind_up(run, submission, CLUSTER, following(run, signal.SIGUSR2))
     assert "requeue 71" in calls.read_text().splitlines()
 
 
 def test_an_end_while_planning_gives_the_runs_lock_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = fake_scontrol(monkeypatch, tmp_path, RUNNING)
-    Ending(Allocation("71", 0), requeue=True)
+    Ending(RunDir(tmp_path / "run"), Allocation("71", 0), requeue=True)
     with pytest.raises(SystemExit, match="ended before its jobs had begun"), lock(tmp_path / "lock", "planning"):
         os.kill(os.getpid(), signal.SIGTERM)  # while the job runs on: preemption, without a warning
     assert not (tmp_path / "lock").exists()
     assert "requeue 71" in calls.read_text().splitlines()
 
 
-def test_the_nodes_of_an_allocation_meet_under_the_submissions_name(tmp_path: Path) -> None:
+def test_what_was_forced_is_forced_once_though_the_batch_script_forces_it_at_each_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, stages = RunDir(tmp_path), ("convert", "train")
+    variables = {"SLURM_JOB_ID": "71", "SLURMD_NODENAME": "n1", "SLURM_RESTART_COUNT": "1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert earlier_start(run, stages) is None
+    forced = Submission("s1", "allocation", (), stages, allocation="71")
+    submissions.write(run, forced)
+    assert earlier_start(run, stages) == forced
+    for other in (("train",), ()):  # another command, and one without --force
+        assert earlier_start(run, other) is None
+    for stranger in (replace(forced, allocation="70"), replace(forced, restart=1)):  # the last one in this very start
+        submissions.write(run, stranger)
+        assert earlier_start(run, stages) is None
+
+    run.write_outputs(Outputs("convert", "f", 2, submission="s1"))
+    run.write_outputs(Outputs("train", "f", 1, submission="s0"))
+    assert submissions.still_forced(run, stages, forced) == ("train",)
+    assert submissions.still_forced(run, stages, None) == stages
+
+
+def test_the_nodes_of_a_job_in_an_allocation_meet_by_themselves(tmp_path: Path) -> None:
     leader = {MEETING: "s1", "SLURM_JOB_NUM_NODES": "3", "SLURM_PROCID": "0", "SLURM_JOB_ID": "71"}
     follower = {**leader, FOLLOWS: "1", "SLURM_PROCID": "1", "SLURM_NNODES": "2"}
     assert of_job(leader) == Nodes(3, 0)
     assert of_job(follower) == Nodes(3, 2)
     Meeting(RunDir(tmp_path), leader).beat(0, status="ended")
-    assert Meeting(RunDir(tmp_path), follower).word(0) is not None
-    assert Meeting(RunDir(tmp_path), {**leader, MEETING: "s2"}).word(0) is None  # the next one in that allocation
+    assert Meeting(RunDir(tmp_path), follower).word(0)["status"] == "ended"
+    assert Meeting(RunDir(tmp_path), {**leader, MEETING: "s2"}).word(0) == {}  # another job in that allocation

@@ -218,13 +218,13 @@ def cut_blob(snapshot: Path) -> None:
 )
 def test_a_snapshot_that_is_not_whole_here_stops_a_stage_before_it_starts(tmp_path: Path, harm: Any, said: str) -> None:
     run, snapshot = pinned_run(tmp_path)
-    assert [each.action for each in make_plan(context_of(run), ["prefetch", "sft"], False, {})] == ["skip", "run"]
+    assert [each.action for each in make_plan(context_of(run), ["prefetch", "sft"], (), {})] == ["skip", "run"]
     harm(snapshot)
     with pytest.raises(UserError, match=rf"^model\.path: lab/model: {said}"):
         sources.check_sources(run, read_config(run.root), "sft")
     with pytest.raises(UserError, match=r"^model\.path: lab/model: "):  # also where it is submitted
-        make_plan(context_of(run), ["sft"], False, {})
-    fetched, _ = make_plan(context_of(run), ["prefetch", "sft"], False, {})  # with prefetch it is fetched again
+        make_plan(context_of(run), ["sft"], (), {})
+    fetched, _ = make_plan(context_of(run), ["prefetch", "sft"], (), {})  # with prefetch it is fetched again
     assert (fetched.action, fetched.reason.startswith("model.path: ")) == ("run", True)
 
 
@@ -233,7 +233,7 @@ def test_a_snapshot_outside_the_clusters_cache_is_fetched_into_it(tmp_path: Path
     context = context_of(run)
     cluster = context.config.cluster.model_copy(update={"cache": str(tmp_path / "shared")})
     moved = Context(run, context.config.model_copy(update={"cluster": cluster}), context.hashes)
-    (fetched,) = make_plan(moved, ["prefetch"], False, {})
+    (fetched,) = make_plan(moved, ["prefetch"], (), {})
     assert (fetched.action, "is not in cluster.cache" in fetched.reason) == ("run", True)
 
 
@@ -252,7 +252,7 @@ def test_a_finished_stage_whose_files_are_gone_is_named_where_one_submits(tmp_pa
     run.write_outputs(replace(outputs, artifacts={"data": Artifact("stages/prefetch/data", "0", 7)}))
     said = r"--stage sft: needs prefetch, but its artifact data is gone .*; add it, as in --stage prefetch,sft"
     with pytest.raises(UserError, match=said):
-        make_plan(context_of(run), ["sft"], False, {})
+        make_plan(context_of(run), ["sft"], (), {})
 
 
 def test_a_folder_that_this_node_does_not_see_is_named(tmp_path: Path) -> None:

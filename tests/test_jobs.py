@@ -162,6 +162,18 @@ def test_an_earlier_evaluation_is_not_shown_as_another_stages_result(prefetched:
     assert "held-out" not in done.out
 
 
+def test_a_forced_job_that_starts_again_does_not_redo_what_it_has_done(prefetched: Path) -> None:
+    assert submit(prefetched, "--stage", "prefetch", "--force").status == 0
+    run = RunDir(prefetched)
+    before, forced = run.outputs("prefetch"), submissions.read(run)
+    assert before is not None and forced is not None
+    again = command("stages.job", prefetched, "prefetch", forced.id)  # as Slurm does that queued it again at its end
+    assert (again.status, run.outputs("prefetch")) == (0, before), again.err
+    state = recorded_state(run, "prefetch")
+    assert state is not None
+    assert state.state == "skipped"
+
+
 def test_a_path_that_jobs_cannot_use_is_refused(tmp_path: Path) -> None:
     for name in ("50 %j", "12:30"):  # submitit fills in the one, PYTHONPATH is cut at the other
         done = submit(tmp_path / name, "--stage", "prefetch")

@@ -39,11 +39,11 @@ def finish(context: Context, *stages: str, content: str = "") -> None:
 
 
 def actions(context: Context, stages=STAGES, force: bool = False, environ=None) -> dict[str, str]:
-    return {each.stage: each.action for each in make_plan(context, stages, force, environ or {})}
+    return {each.stage: each.action for each in make_plan(context, stages, stages if force else (), environ or {})}
 
 
 def reasons(context: Context, stages=STAGES, environ=None) -> dict[str, str]:
-    return {each.stage: each.reason for each in make_plan(context, stages, False, environ or {})}
+    return {each.stage: each.reason for each in make_plan(context, stages, (), environ or {})}
 
 
 def test_a_new_run_runs_everything(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_changed_rows_of_a_data_folder_rerun_prefetch(tmp_path: Path) -> None:
 def test_a_single_stage_needs_its_inputs(tmp_path: Path) -> None:
     context = context_for(tmp_path)
     with pytest.raises(UserError, match=r"--stage convert: needs reward-model, which is not done .*; add it"):
-        make_plan(context, ["convert"], False, {})
+        make_plan(context, ["convert"], (), {})
     finish(context, "prefetch", "sft", "reward-model")
     assert actions(context, ["convert"]) == {"convert": "run"}
 
@@ -152,7 +152,7 @@ def test_an_external_server_makes_ours_unnecessary(tmp_path: Path) -> None:
 
 def test_server_and_training_share_a_job_and_the_others_wait_for_their_inputs(tmp_path: Path) -> None:
     context = context_for(tmp_path)
-    jobs = {job.name: job.waits_for for job in group_jobs(context.config, make_plan(context, STAGES, False, {}))}
+    jobs = {job.name: job.waits_for for job in group_jobs(context.config, make_plan(context, STAGES, (), {}))}
     assert list(jobs) == ["prefetch", "sft", "reward-model", "sandbox", "convert", "serve+train", "evaluate"]
     assert jobs["sandbox"] == ()
     assert jobs["reward-model"] == ("prefetch", "sft")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -26,7 +23,6 @@ from pipeline.scheduler.state import recorded_state, set_state
 from pipeline.scheduler.submission import Job, Submission
 from pipeline.stages import faults, retry
 from pipeline.stages.faults import Fault
-from pipeline.stages.nodes import Meeting
 from pipeline.stages.plan import Planned
 
 MEMORY = Fault("memory", "it ran out of memory")
@@ -148,18 +144,6 @@ def test_a_kill_by_the_kernel_counts_whatever_the_work_says(monkeypatch) -> None
     assert faults.of_work(1, "a data loader's worker died", "", 2) == MEMORY
     assert faults.of_work(1, "something else", "", 3) is None
     assert faults.of_work(None, "tritonserver failed 6 times in a row", "", 0) == MEMORY
-
-
-def test_what_broke_on_a_further_node_is_the_leaders_to_answer(run, monkeypatch) -> None:
-    meeting = Meeting(run, {"SLURM_JOB_ID": "7"})
-    meeting.beat(1, reason="No CUDA GPUs are available", fault=asdict(BROKEN))
-    lost = meeting.fault(2, since=time.time())
-    assert lost is not None
-    assert (lost.cause, str(lost)) == (BROKEN, f"node 1 ({os.uname().nodename}): No CUDA GPUs are available")
-    meeting.beat(1, status=0)
-    silent = meeting.fault(3, since=0.0)  # node 2 never said a word
-    assert silent is not None
-    assert silent.cause == Fault("killed", "node 2 has shown no life for 120 s")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from pipeline import procs
 from pipeline.errors import UserError
 from pipeline.run import atomic
 from pipeline.run.lock import lock
+from pipeline.run.watch import Watch
 
 MANIFEST = "manifest.json"
 _WAIT_S = 3600.0
@@ -73,7 +74,7 @@ def _remove(folder: Path) -> None:
 @contextlib.contextmanager
 def exclusive(lock_file: Path, purpose: str) -> Iterator[None]:
     """Hold the lock while the block runs, after whoever holds it now, on this node or another."""
-    deadline, others = time.monotonic() + _WAIT_S, _Watch(lock_file)
+    deadline, others = time.monotonic() + _WAIT_S, _Others(lock_file)
     with contextlib.ExitStack() as held:
         while True:
             while others.building():
@@ -90,13 +91,13 @@ def exclusive(lock_file: Path, purpose: str) -> Iterator[None]:
         yield
 
 
-class _Watch:
+class _Others:
     """Whether somebody is building. A process of another node cannot be looked at: its lock file must keep moving."""
 
     def __init__(self, lock_file: Path) -> None:
         self._file = lock_file
-        self._seen: tuple[str, float] | None = None
-        self._since = 0.0
+        self._watch = Watch()
+        self._told = ""
 
     def building(self) -> bool:
         """Whether a live process holds the lock. That of a dead one of another node is removed."""
@@ -106,12 +107,12 @@ class _Watch:
             return False
         held = json.loads(text)
         holder = procs.ProcessId(held["host"], held["pid"], held["start"], held["boot"])
-        if self._seen != (text, moved):
-            self._seen, self._since = (text, moved), time.monotonic()
+        if text != self._told:
+            self._told = text
             logger.info("waiting for process %d on %s, which is %s", holder.pid, holder.host, held["purpose"])
         if holder.here:
             return holder.alive()
-        if time.monotonic() - self._since < _LOST_S:
+        if self._watch.still_s((text, moved)) < _LOST_S:
             return True
         self._remove(text)
         return False

@@ -44,6 +44,8 @@ class Outputs:
     """What the fingerprint was computed from: version, settings and the digests of the inputs."""
     finished: float = 0.0
     seconds: float = 0.0
+    submission: str = ""
+    """Whose job made them."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -19,6 +19,7 @@ from pipeline.config.cluster import Cluster
 from pipeline.errors import UserError
 from pipeline.run import atomic
 from pipeline.run.directory import RunDir
+from pipeline.run.progress import saved_steps
 from pipeline.scheduler import slurm
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.options import shell_command
@@ -58,6 +59,17 @@ def surrounding(environ: Mapping[str, str] = os.environ) -> Allocation:
     return Allocation(job, int(environ.get("SLURM_RESTART_COUNT", "0")))
 
 
+def earlier_start(run: RunDir, forced: Sequence[str]) -> Submission | None:
+    """What this allocation was to force before it was queued again, where that is the same: it goes on with that.
+
+    Its batch script repeats the command at each start.
+    """
+    here, before = surrounding(), submissions.read(run)
+    if before is None or before.allocation != here.job or before.restart >= here.restart:
+        return None
+    return before if forced and before.forced == tuple(forced) else None
+
+
 def start_jobs(run: RunDir, submission: Submission, cluster: Cluster, code: Path) -> Submission:
     """Start the jobs, each waiting for those that it needs, and record their processes."""
     for job in submission.jobs:
@@ -73,7 +85,8 @@ def start_jobs(run: RunDir, submission: Submission, cluster: Cluster, code: Path
 
 def _environment(run: RunDir, submission: Submission, job: Job) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(_OTHERS)}
-    return {**kept, procs.RUN_MARK: str(run.root), procs.STAGE_MARK: job.name, MEETING: submission.id}
+    meeting = f"{submission.id}-{job.name}-{submission.restart}"  # a start's own: a requeued allocation has new ones
+    return {**kept, procs.RUN_MARK: str(run.root), procs.STAGE_MARK: job.name, MEETING: meeting}
 
 
 class Ending:
@@ -83,11 +96,13 @@ class Ending:
     a process that Slurm kills, and jobs that have just been started end with this process.
     """
 
-    def __init__(self, here: Allocation, requeue: bool) -> None:
+    def __init__(self, run: RunDir, here: Allocation, requeue: bool) -> None:
         self.following = False
         self.warned = False
         self.terminated = False
         self.by_hand = False
+        self.saved_before = saved_steps(run)
+        """What trainings had saved when this start began."""
         self._job = here.job
         self._requeue = requeue
         signal.signal(signal.SIGUSR2, self._remember)
@@ -120,7 +135,7 @@ def wind_up(run: RunDir, submission: Submission, cluster: Cluster, ending: Endin
     unfinished = [stage for stage in stages if not resolve(run, submission, stage).ended]
     if ending.warned:
         _let_end(run, submission, cluster.grace_s - TERM_S, ending)
-    progress = _has_progress(run, submission)
+    progress = _has_progress(run, submission, ending.saved_before)
     for job in reversed(submissions.live_jobs(submission)):
         assert job.process is not None
         procs.terminate(job.process)
@@ -179,9 +194,8 @@ def _let_end(run: RunDir, submission: Submission, seconds: float, ending: Ending
         time.sleep(0.1)
 
 
-def _has_progress(run: RunDir, submission: Submission) -> bool:
+def _has_progress(run: RunDir, submission: Submission, saved_before: int) -> bool:
     """Whether this start brought anything forward: without that, the next one would end where this one does."""
-    states = {stage: recorded_state(run, stage) for job in submission.jobs for stage in job.stages}
-    mine = {stage: state for stage, state in states.items() if state and state.submission == submission.id}
-    trained = "train" in mine and mine["train"].attempt > 0
-    return trained or any(state.state == "done" for state in mine.values())
+    states = (recorded_state(run, stage) for job in submission.jobs for stage in job.stages)
+    done = any(state and state.submission == submission.id and state.state == "done" for state in states)
+    return done or saved_steps(run) > saved_before

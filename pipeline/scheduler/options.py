@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.config.cluster import Cluster, Resources
 from pipeline.scheduler.submission import Job
 from pipeline.stages.faults import LOG_MARK
+from pipeline.stages.nodes import DONE, folder_of
 
 _PLACE = ("account", "partition", "qos", "reservation", "constraint")
 """Fields of a profile that are sbatch options of the same name."""
@@ -46,6 +47,20 @@ def srun_args(cluster: Cluster, job: Job) -> list[str]:
     if resources.nodes > 1:  # the first task decides how the job ends; the others follow it
         arguments += ["--wait=0", "--kill-on-bad-exit=0"]
     return arguments
+
+
+def leader_lines(cluster: Cluster, run_root: Path, job: Job) -> list[str]:
+    """Shell lines for a job of several nodes: it ends well when its first task has, though srun ends as the worst."""
+    if job_resources(cluster, job).nodes == 1:
+        return []
+    done = f"{shlex.quote(str(folder_of(run_root, '')))}$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}/{DONE}"
+    return [
+        "srun() {",
+        '    command srun "$@" && return',
+        "    status=$?",
+        f'    [ -e {done} ] || return "$status"',
+        "}",
+    ]
 
 
 def setup_lines(cluster: Cluster, run_root: Path, code: Path) -> list[str]:

@@ -18,7 +18,7 @@ from pipeline.config.cluster import Cluster
 from pipeline.errors import UserError
 from pipeline.run import bad_nodes
 from pipeline.run.directory import RunDir
-from pipeline.scheduler.options import retry_lines, setup_lines, slurm_options, srun_args, work_command
+from pipeline.scheduler.options import leader_lines, retry_lines, setup_lines, slurm_options, srun_args, work_command
 from pipeline.scheduler.submission import Job, job_folder
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ def _executor(run: RunDir, submission: str, cluster: Cluster, job: Job, code: Pa
         setup=[
             *retry_lines(cluster, python, run.root, code, job, submission),
             *setup_lines(cluster, run.root, code),
+            *leader_lines(cluster, run.root, job),
         ],
         srun_args=srun_args(cluster, job),
     )

@@ -6,6 +6,7 @@ Plain files only: reading a run's state needs neither submitit nor the configura
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -111,6 +112,17 @@ def read(run: RunDir, service: bool = False) -> Submission | None:
         jobs.append(Job(stages, waits_for, beside, process=procs.ProcessId(**process) if process else None, **job))
     raw["forced"] = tuple(raw["forced"])
     return Submission(jobs=tuple(jobs), **raw)
+
+
+def still_forced(run: RunDir, forced: Sequence[str], submission: Submission | None) -> tuple[str, ...]:
+    """The stages that --force has still to redo: a job, or an allocation, may start again after it has done some."""
+    done = [stage for stage in forced if submission and _done_by(run, stage) == submission.id]
+    return tuple(stage for stage in forced if stage not in done)
+
+
+def _done_by(run: RunDir, stage: str) -> str:
+    outputs = run.outputs(stage)
+    return outputs.submission if outputs else ""
 
 
 def busy(run: RunDir) -> Submission | None:

@@ -72,9 +72,15 @@ def _same_devices(stage: str, stages: Sequence[str]) -> set[str]:
 
 
 def submit(
-    run: RunDir, config: Config, plan: Sequence[Planned], forced: Sequence[str], executor_name: str | None = None
+    run: RunDir,
+    config: Config,
+    plan: Sequence[Planned],
+    forced: Sequence[str],
+    executor_name: str | None = None,
+    earlier: Submission | None = None,
 ) -> Submission:
     """Write the configuration and the submission, and hand its jobs to the executor: the profile's, or another one.
+    It takes the place of an `earlier` one that it goes on with.
 
     The caller holds the run's lock and has made sure that no job of an earlier submission lives.
     """
@@ -82,7 +88,7 @@ def submit(
 
     jobs = group_jobs(config, plan)
     submission = Submission(
-        id=f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}",
+        id=earlier.id if earlier else f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}",
         executor=executor_name or config.cluster.executor,
         jobs=jobs,
         forced=tuple(forced),

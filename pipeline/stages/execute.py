@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from pipeline.run.directory import Artifact, Outputs, RunDir
 from pipeline.scheduler.state import set_state
 from pipeline.stages import faults
 from pipeline.stages.base import Context, Stage, Work
-from pipeline.stages.nodes import ONE_NODE, Meeting, Nodes, Rendezvous
+from pipeline.stages.nodes import ONE_NODE, Leader, Lost, Nodes, Rendezvous
 from pipeline.stages.plan import basis
 from pipeline.stages.registry import REGISTRY
 from pipeline.stages.surroundings import surroundings
@@ -99,23 +97,29 @@ def run_stage(
     atomic.write_json(folder / "job.json", {"argv": argv, "process": asdict(procs.this_process()), **_job_ids()})
     set_state(run, stage_name, submission, "running", reason, number)
     check = _place_check(run, stage_name, number)
+    leader = Leader(run, nodes.count)
 
     def look() -> None:
         check()
         tick()
+        leader.look()
 
     started, kills = time.time(), oom.kills()
-    with _meeting(job, stage_name, number, environment[FINGERPRINT], look) as watch:
-        status = run_child(run.root, argv, env, log_path, watch)
+    call = Rendezvous(stage_name, number, environment[FINGERPRINT], nodes.address, nodes.port, len(devices))
+    try:
+        with leader.calling(call):
+            status = run_child(run.root, argv, env, log_path, look)
+            failure = None if status in (0, STOPPED) else _failure(status, number, log_path, kills, leader)
+    except Lost as lost:
+        raise StageFailed(str(lost), number, lost.cause) from lost
     seconds = round(time.time() - started, 3)
     atomic.write_json(folder / "exit.json", {"status": status, "seconds": seconds})
     check()
     if status == STOPPED:
         raise StageStopped("it saved its state and stopped as asked; submit again to go on", number)
-    if status != 0:
-        told = failure_reason(status, log_path)
-        raise StageFailed(told, number, faults.of_work(status, told, "\n".join(log_tail(log_path)), kills))
-    outputs = _record(run, stage, known, fingerprint, number, seconds)
+    if failure is not None:
+        raise failure
+    outputs = _record(run, stage, known, fingerprint, number, seconds, submission)
     set_state(run, stage_name, submission, "done", stage.headline(outputs.values), number)
     _prune(run, stage_name, number)
     if stage_name == "train":
@@ -158,28 +162,12 @@ def log_tail(path: Path, size: int = 65536) -> list[str]:
     return [re.sub(r"^\[rank\d+\]:\s*", "", line) for line in lines]
 
 
-@contextlib.contextmanager
-def _meeting(job: Work, stage: str, attempt: int, fingerprint: str, tick: procs.Tick) -> Iterator[procs.Tick]:
-    """Let the further nodes begin, and yield a tick that also looks after them; at the end they are told."""
-    count, since = job.nodes.count, time.time()
-    if count == 1:
-        yield tick
-        return
-    meeting = Meeting(job.run)
-    meeting.beat(0)
-    meeting.call(Rendezvous(stage, attempt, fingerprint, job.nodes.address, job.nodes.port, len(job.devices)))
-
-    def watch() -> None:
-        tick()
-        meeting.beat(0)
-        fault = meeting.fault(count, since)
-        if fault is not None:
-            raise StageFailed(str(fault), attempt, fault.cause)
-
-    try:
-        yield watch
-    finally:
-        meeting.end()
+def _failure(status: int, number: int, log_path: Path, kills: int | None, leader: Leader) -> StageFailed:
+    """Why the work failed: by itself, or because of what happened on a further node."""
+    told = failure_reason(status, log_path)
+    fault = faults.of_work(status, told, "\n".join(log_tail(log_path)), kills)
+    lost = leader.hear() if fault is None else None
+    return StageFailed(str(lost), number, lost.cause) if lost is not None else StageFailed(told, number, fault)
 
 
 def run_child(run: Path, argv: list[str], env: dict[str, str], log_path: Path, tick: procs.Tick) -> int:
@@ -220,7 +208,13 @@ def environment_of(stage: Stage, job: Work, more: dict[str, str]) -> dict[str, s
 
 
 def _record(
-    run: RunDir, stage: Stage, known: dict[str, object], fingerprint: str, number: int, seconds: float
+    run: RunDir,
+    stage: Stage,
+    known: dict[str, object],
+    fingerprint: str,
+    number: int,
+    seconds: float,
+    submission: str,
 ) -> Outputs:
     out = run.attempt(stage.name, number) / "out"
     result = atomic.read_json(out / work.RESULT)
@@ -232,7 +226,7 @@ def _record(
         sha256, size = hashing.hash_tree(path)
         artifacts[name] = Artifact(str(path.relative_to(run.root)), sha256, size)
     outputs = Outputs(
-        stage.name, fingerprint, number, artifacts, result["values"], known, finished=time.time(), seconds=seconds
+        stage.name, fingerprint, number, artifacts, result["values"], known, time.time(), seconds, submission
     )
     run.write_outputs(outputs)
     for name, artifact in artifacts.items():

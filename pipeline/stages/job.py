@@ -24,13 +24,13 @@ from pipeline.scheduler import slurm
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.state import resolve, set_state
 from pipeline.scheduler.submission import Job, Submission
-from pipeline.stages import followers, retry
+from pipeline.stages import further_nodes, retry
 from pipeline.stages.base import Context
 from pipeline.stages.devices import granted_devices
 from pipeline.stages.ending import Ending, Terminated
 from pipeline.stages.execute import STOPPED, StageFailed, StageStopped, Superseded, run_stage
-from pipeline.stages.follower import follow_leader
-from pipeline.stages.nodes import MEETING, of_job
+from pipeline.stages.node_share import do_share
+from pipeline.stages.nodes import MEETING, Nodes, lead, of_job
 from pipeline.stages.plan import verdict
 from pipeline.stages.registry import REGISTRY
 from pipeline.stages.service import serve_alone, serve_train, train_beside_server
@@ -53,8 +53,14 @@ def run_job(run_dir: str, stages: str, submission_id: str) -> str:
     if not nodes.leads:
         _listen_to_leader()
         os.environ |= {procs.RUN_MARK: str(run.root), procs.STAGE_MARK: stages}
-        follow_leader(run, read_config(run.root), names, nodes)
+        do_share(run, read_config(run.root), names, nodes)
         return "done"
+    return lead(run, nodes, lambda: _do_job(run, stages, submission_id, nodes))
+
+
+def _do_job(run: RunDir, stages: str, submission_id: str, nodes: Nodes) -> str:
+    """The job, on its first node."""
+    names = tuple(stages.split("+"))
     ending = Ending(run, submission_id, names)
     ending.listen()
     os.environ[procs.RUN_MARK] = str(run.root)
@@ -68,7 +74,7 @@ def run_job(run_dir: str, stages: str, submission_id: str) -> str:
             return "cancelled"
         # An earlier attempt's processes cannot outlive it, but a killed one may be a moment in dying.
         procs.end_marked(run.root, (procs.STAGE_MARK, stages), grace_s=0.0)
-        with followers.started(run, read_config(run.root).cluster, submission, job, nodes):
+        with further_nodes.started(run, read_config(run.root).cluster, submission, job, nodes):
             _run_stages(run, submission, names)
     except BaseException as error:
         ending.settle(error)
@@ -91,7 +97,7 @@ def _run_one(run: RunDir, submission: Submission, stage: str) -> None:
     """Run one stage, unless its outputs turn out to be what it would make."""
     context = _context(run)
     planned = verdict(REGISTRY[stage], context)
-    forced = stage in submission.forced
+    forced = stage in submissions.still_forced(run, submission.forced, submission)
     if planned.action == "skip" and not forced:
         set_state(run, stage, submission.id, "skipped", _kept(run, stage, planned.reason))
         return
@@ -105,7 +111,7 @@ def _train(run: RunDir, submission: Submission, names: tuple[str, ...]) -> None:
     """Train, with the server in this job, in another one, or without one of this run's."""
     context = _context(run)
     planned = verdict(REGISTRY["train"], context)
-    forced = "train" in submission.forced
+    forced = "train" in submissions.still_forced(run, submission.forced, submission)
     if planned.action == "skip" and not forced:
         if "serve" in names:
             set_state(run, "serve", submission.id, "skipped", "not needed: train is up to date")

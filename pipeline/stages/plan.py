@@ -56,12 +56,14 @@ def verdict(stage: Stage, context: Context) -> Planned:
     return Planned(stage.name, "run", gone) if gone else Planned(stage.name, "skip", "up to date")
 
 
-def make_plan(context: Context, selected: Sequence[str], force: bool, environ: Mapping[str, str]) -> list[Planned]:
+def make_plan(
+    context: Context, selected: Sequence[str], forced: Sequence[str], environ: Mapping[str, str]
+) -> list[Planned]:
     """Plan the selected stages, in order. Raises UserError when one needs a stage that is neither done nor selected."""
     plan: dict[str, Planned] = {}
     for name in STAGES:
         if name in selected and name != "serve":
-            plan[name] = _plan_stage(REGISTRY[name], context, plan, selected, force)
+            plan[name] = _plan_stage(REGISTRY[name], context, plan, selected, name in forced)
     if "serve" in selected:
         plan["serve"] = _plan_serve(context, plan, selected, environ)
     return [plan[name] for name in STAGES if name in plan]

@@ -18,7 +18,7 @@ from pipeline.scheduler.submission import Submission
 from pipeline.stages.base import Context
 from pipeline.stages.devices import granted_devices, split_devices
 from pipeline.stages.execute import StageFailed, Superseded, run_stage
-from pipeline.stages.nodes import Meeting, Nodes, Rendezvous
+from pipeline.stages.nodes import Leader, Nodes, Rendezvous
 from pipeline.stages.surroundings import OFFLINE
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def serve_train(context: Context, submission: str, reason: str, forced: bool, no
 
     try:
         train_devices, server_devices = share_devices(context.config, ("serve", "train"))
-        with supervised(run, context.config, server_devices, tick=_leaders_beat(Meeting(run), nodes)) as server:
+        with supervised(run, context.config, server_devices, tick=Leader(run, nodes.count).beat) as server:
             environment = {endpoint.WAIT_VARIABLE: str(serving.start_timeout_s)}
             run_stage(context, "train", submission, reason, train_devices, environment, tick, forced, nodes)
     except Superseded:
@@ -97,22 +97,20 @@ def serve_alone(run: RunDir, config: Config, submission: Submission, nodes: Node
         set_state(run, "serve", submission.id, "skipped", "not needed: the training is over")
         return
     set_state(run, "serve", submission.id, "running", "starting tritonserver")
-    meeting = Meeting(run)
-    devices = share_devices(config, ("serve",))[1]
-    if nodes.count > 1:
-        meeting.call(Rendezvous("serve", 0, "", "", 0, 0))
-    beat, announced = _leaders_beat(meeting, nodes), False
-    try:
-        with supervised(run, config, devices, tick=beat) as server:
-            while not over():
-                beat()  # a model may take longer to load than other nodes wait for a word
-                server.tick()
-                if server.up and not announced:
-                    announced = True
-                    set_state(run, "serve", submission.id, "running", f"TRITON_HOST={server.triton_host}")
-                time.sleep(0.2)
-    finally:
-        meeting.end()
+    devices, leader = share_devices(config, ("serve",))[1], Leader(run, nodes.count)
+    announced = missing = ""
+    with leader.calling(Rendezvous("serve")), supervised(run, config, devices, tick=leader.beat) as server:
+        while not over():
+            leader.beat()  # a model may take longer to load than other nodes wait for a word
+            server.tick()
+            before = announced, missing
+            if server.up and not announced:
+                announced = f"TRITON_HOST={server.triton_host}"
+            if not missing and (lost := leader.lost()) is not None:
+                missing = f"; goes on without {lost}"
+            if (announced, missing) != before:
+                set_state(run, "serve", submission.id, "running", (announced or "starting tritonserver") + missing)
+            time.sleep(0.2)
     set_state(run, "serve", submission.id, "done", "ended with the training that it served")
 
 
@@ -133,16 +131,6 @@ def _training_over(run: RunDir, submission: Submission) -> Callable[[], bool]:
         return resolve(run, submission, "train").ended
 
     return over
-
-
-def _leaders_beat(meeting: Meeting, nodes: Nodes) -> Tick:
-    """What shows the other nodes that this one lives; on one node nobody waits for that."""
-
-    def beat() -> None:
-        if nodes.count > 1:
-            meeting.beat(0)
-
-    return beat
 
 
 @contextlib.contextmanager

@@ -79,9 +79,10 @@ def test_an_interrupted_allocation_comes_back_and_ends_in_the_same_weights(
     slurm: MiniSlurm, finished: Path, tmp_path: Path, how: str
 ) -> None:
     run = until_training(finished, tmp_path / "run")
-    job = sbatch(run)
+    by_hand = how == "requeued by hand"
+    job = sbatch(run, *(("--force", "--stage", "convert,serve,train,evaluate") if by_hand else ()))
     wait_for(lambda: list(run.glob("checkpoints/*/step-00000004")), f"the first checkpoint; see {log_of(run)}")
-    if how == "requeued by hand":  # TERM without a warning, and a kill soon after
+    if by_hand:  # TERM without a warning, and a kill soon after
         slurm.command("scontrol", "requeue", job)
     else:
         urgent = ("--partition=urgent", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=sleep 2")
@@ -91,7 +92,9 @@ def test_an_interrupted_allocation_comes_back_and_ends_in_the_same_weights(
         assert "stopped" in train and f"interrupted by Slurm; goes on with job {job}" in train
     assert wait_for_end(slurm, job, run) == "COMPLETED"
     assert policy_sha256(run) == policy_sha256(finished)
-    assert sorted(path.name for path in (run / "stages" / "train" / "attempts").iterdir()) == ["0001", "0002"]
+    for stage in ("train", "convert") if by_hand else ("train",):  # what was forced, and was done before, is not redone
+        assert sorted(path.name for path in (run / "stages" / stage / "attempts").iterdir()) == ["0001", "0002"]
+    assert "resumed from" in RunDir(run).attempt("train", 2).joinpath("stdout.log").read_text()
     assert RunDir(run).outputs("evaluate") is not None
     assert not (run / "control" / "STOP").exists()
     wait_for(lambda: nothing_left(run), "every process to end", 20)

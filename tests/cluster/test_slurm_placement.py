@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import tritonclient.grpc as triton
-from helpers_cluster import CHAIN_SETTINGS, environment_of, profile, separate
+from helpers_cluster import CHAIN_SETTINGS, environment_of, profile, separate, tasks
 from helpers_jobs import command, nothing_left, pids_running, policy_sha256, start, until_training, wait_for
 from mini_slurm import MiniSlurm
 from tritonclient.utils import InferenceServerException
 
 from pipeline.run import atomic, endpoint
 from pipeline.run.directory import RunDir
+from pipeline.run.progress import saved_steps
 
 pytestmark = [pytest.mark.slurm, pytest.mark.triton, pytest.mark.chain]
 
@@ -91,6 +92,11 @@ def test_a_training_spreads_over_two_nodes_with_a_server_on_each(
     assert sorted(environment_of(pid)["SLURMD_NODENAME"] for pid in launchers) == ["n1", "n2"]
     slurm.command("scontrol", "requeue", slurm.job_ids("-n", "hh-serve+train")[0])
     wait_for((run / "stages" / "train" / "attempts" / "0002").exists, "the second segment", 180)
+    wait_for(lambda: saved_steps(RunDir(run)) >= 196, "the training to come near its end", 600)
+    (second,) = (pid for pid in tasks(run, "serve+train") if environment_of(pid)["SLURM_PROCID"] == "1")
+    os.kill(second, signal.SIGSTOP)  # it does not see that the training is over
+    wait_for(lambda: len(tasks(run, "serve+train")) == 1, "the first node's task to end", 240)
+    os.kill(second, signal.SIGKILL)  # srun ends badly now, but not the job: evaluate depends on it
     assert follower.wait(300) == 0
     values = RunDir(run).values("train")
     assert values["reward_mean_last"] == pytest.approx(RunDir(finished).values("train")["reward_mean_last"], abs=1e-3)
@@ -110,5 +116,5 @@ def test_a_failure_on_the_second_node_is_the_trainings(slurm: MiniSlurm, finishe
     assert follower.wait(180) == 1
     state = atomic.read_json(run / "stages" / "train" / "state.json")
     assert state is not None
-    assert state["state"] == "failed"
+    assert (state["state"], "node 1 (" in state["reason"]) == ("failed", True), state
     wait_for(lambda: nothing_left(run), "every process to end", 60)

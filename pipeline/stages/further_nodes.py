@@ -14,7 +14,7 @@ from pipeline.run.directory import RunDir
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.options import shell_command
 from pipeline.scheduler.submission import Job, Submission
-from pipeline.stages.nodes import FOLLOWS, MEETING, Nodes
+from pipeline.stages.nodes import FOLLOWS, MEETING, SPREAD, Meeting, Nodes
 
 _END_S = 60.0
 """Seconds in which the followers, told by files that the work is over, end by themselves."""
@@ -23,7 +23,7 @@ _END_S = 60.0
 @contextlib.contextmanager
 def started(run: RunDir, cluster: Cluster, submission: Submission, job: Job, nodes: Nodes) -> Iterator[None]:
     """Have a task of the job on each further node while the block runs. srun starts those of a Slurm job itself."""
-    if MEETING not in os.environ or nodes.count == 1 or not nodes.leads or not {"serve", "train"} & set(job.stages):
+    if MEETING not in os.environ or nodes.count == 1 or not SPREAD.intersection(job.stages):
         yield
         return
     code = Path(__file__).resolve().parents[2]  # this job runs the code of its submission
@@ -33,6 +33,7 @@ def started(run: RunDir, cluster: Cluster, submission: Submission, job: Job, nod
         child = procs.spawn([*_srun(cluster, nodes), *work], env=env, output=output)
     try:
         yield
+        Meeting(run).end()  # whether or not there was anything to do
         with contextlib.suppress(procs.WaitTimeout):
             child.wait(_END_S)
     finally:
