@@ -102,10 +102,15 @@ def requeue(job: str | None = None, changes: Mapping[str, str] | None = None) ->
         _order(["scontrol", "requeue", job])
     if changes:
         try:
-            _order(["scontrol", "update", f"JobId={job}", *(f"{name}={value}" for name, value in changes.items())])
+            update(job, changes)
         except UserError:
             cancel([job])
             raise
+
+
+def update(job: str, changes: Mapping[str, str]) -> None:
+    """Change what a waiting job asks for; UserError when Slurm refuses."""
+    _order(["scontrol", "update", f"JobId={job}", *(f"{name}={value}" for name, value in changes.items())])
 
 
 def _order(argv: Sequence[str]) -> None:
