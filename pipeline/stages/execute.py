@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline import network, oom, procs
-from pipeline.containers.trainer import in_image
+from pipeline.containers.trainer import check_image, image_digest, in_image
 from pipeline.errors import UserError
 from pipeline.run import atomic, hashing, work
 from pipeline.run.directory import Artifact, Outputs, RunDir
@@ -80,6 +80,8 @@ def run_stage(
     Raises StageFailed, StageStopped or Superseded. Whatever ends this function early ends the child's whole tree too.
     """
     run, stage = context.run, REGISTRY[stage_name]
+    image = image_digest(context.config, context.hashes) if stage.contained else None
+    check_image(run, context.config, image)
     known = basis(stage, context)
     context.hashes.save()
     fingerprint = hashing.fingerprint(known)
@@ -115,7 +117,7 @@ def run_stage(
     if status != 0:
         told = failure_reason(status, log_path)
         raise StageFailed(told, number, faults.of_work(status, told, "\n".join(log_tail(log_path)), kills))
-    outputs = _record(run, stage, known, fingerprint, number, seconds)
+    outputs = _record(run, stage, known, fingerprint, number, seconds, {"trainer_image": image} if image else {})
     set_state(run, stage_name, submission, "done", stage.headline(outputs.values), number)
     _prune(run, stage_name, number)
     if stage_name == "train":
@@ -220,7 +222,13 @@ def environment_of(stage: Stage, job: Work, more: dict[str, str]) -> dict[str, s
 
 
 def _record(
-    run: RunDir, stage: Stage, known: dict[str, object], fingerprint: str, number: int, seconds: float
+    run: RunDir,
+    stage: Stage,
+    known: dict[str, object],
+    fingerprint: str,
+    number: int,
+    seconds: float,
+    made_in: dict[str, str],
 ) -> Outputs:
     out = run.attempt(stage.name, number) / "out"
     result = atomic.read_json(out / work.RESULT)
@@ -231,9 +239,8 @@ def _record(
         path = out / relative
         sha256, size = hashing.hash_tree(path)
         artifacts[name] = Artifact(str(path.relative_to(run.root)), sha256, size)
-    outputs = Outputs(
-        stage.name, fingerprint, number, artifacts, result["values"], known, finished=time.time(), seconds=seconds
-    )
+    values = {**result["values"], **made_in}
+    outputs = Outputs(stage.name, fingerprint, number, artifacts, values, known, finished=time.time(), seconds=seconds)
     run.write_outputs(outputs)
     for name, artifact in artifacts.items():
         link = f"models/{stage.name}" if name == "model" else _LINKS.get(name)
