@@ -23,7 +23,7 @@ from pipeline.containers.images import Note
 from pipeline.containers.source import Source, parse_source
 from pipeline.containers.steps import last_line
 from pipeline.errors import UserError, run_command
-from pipeline.run import atomic
+from pipeline.run import atomic, owner
 from pipeline.run.build_cache import MANIFEST, cached
 from pipeline.run.hashing import fingerprint
 from pipeline.run.work import Progress, forced, parse_work, write_result
@@ -32,6 +32,8 @@ from pipeline.serving.engines import Apptainer, Docker, Engine
 
 _CHECK_S = 600.0
 """A .sif file that cannot be mounted is unpacked for each command: that takes minutes."""
+
+_UNPACKED = "hh-image-"
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +162,9 @@ def open_sandbox(values: Mapping[str, Any], log: Path, tick: procs.Tick = lambda
     image = images.Image(values["engine"], str(folder), values["digest"], built=False)
     with contextlib.ExitStack() as stack:
         if values.get("unpack_on_node"):
-            place = stack.enter_context(tempfile.TemporaryDirectory(prefix="hh-image-", ignore_cleanup_errors=True))
+            owner.sweep_folders(Path(tempfile.gettempdir()), _UNPACKED)  # of servers whose whole job was killed
+            prefix = f"{_UNPACKED}{owner.mark(procs.this_process())}"
+            place = stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True))
             image = images.unpack(image, Path(place) / "image", log, tick)
         yield Apptainer(image.file, name=image.engine, packages=site)
 
