@@ -65,6 +65,17 @@ def test_a_job_that_slurm_does_not_change_is_named_in_the_log_and_the_others_are
     assert updates(calls)[-1] == "JobId=11 ExcNodeList=n1"
 
 
+def test_what_a_job_avoids_already_is_not_forgotten_when_slurm_does_not_say_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(SHOWN, "8", "JobState=PENDING NumNodes=1 ExcNodeList=n[4")
+    run, calls = queue(monkeypatch, tmp_path)
+    (tmp_path / "scontrol").write_text((tmp_path / "scontrol").read_text().replace('echo "$3" | tr', "exit 1; tr"))
+    exclusion.avoid(run, "s1", "n1")
+    assert updates(calls) == ["JobId=11 ExcNodeList=n1"]
+    assert "job 8 may still run on a broken node" in caplog.text
+
+
 def test_a_node_that_is_forgiven_is_allowed_again_but_for_what_the_profile_leaves_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
@@ -15,33 +16,40 @@ log = logging.getLogger("pipeline")
 
 def avoid(run: RunDir, submission: str, node: str) -> None:
     """Have the other waiting jobs of the submission avoid a node, each where enough others could take it."""
-    for job, fields in _waiting(run, submission):
-        excluded = slurm.hostnames(fields.get("ExcNodeList", ""))
+
+    def wanted(fields: Mapping[str, str], excluded: frozenset[str]) -> frozenset[str]:
         others = slurm.nodes(fields.get("Partition", "")).keys() - excluded - {node}
-        if node not in excluded and len(others) >= int(fields.get("NumNodes", "1").partition("-")[0]):
-            _exclude(job, excluded | {node})
+        needed = re.match(r"\d+", fields.get("NumNodes", ""))
+        return excluded | {node} if len(others) >= int(needed[0] if needed else 1) else excluded
+
+    _change(run, submission, wanted)
 
 
 def allow(run: RunDir, submission: str, nodes: Sequence[str], kept: Sequence[str]) -> None:
     """Let them use nodes again, but for those of `kept`, which the profile leaves out."""
-    for job, fields in _waiting(run, submission):
-        excluded = slurm.hostnames(fields.get("ExcNodeList", ""))
-        left = excluded - (set(nodes) - set(kept))
-        if left != excluded:
-            _exclude(job, left)
+    again = frozenset(nodes) - frozenset(kept)
+    _change(run, submission, lambda fields, excluded: excluded - again)
 
 
-def _waiting(run: RunDir, submission_id: str) -> list[tuple[str, Mapping[str, str]]]:
-    """(id, Slurm's fields) of the submission's jobs that wait in the queue."""
+def _change(
+    run: RunDir, submission_id: str, wanted: Callable[[Mapping[str, str], frozenset[str]], frozenset[str]]
+) -> None:
+    """Change which nodes the submission's waiting jobs avoid: from their fields and what they avoid now.
+
+    Whatever Slurm says to that, it must not end what the caller is about: the job would fail there, and try again.
+    """
     submission = submissions.find(run, submission_id)
-    ids = [job.job_id for job in submission.jobs if job.job_id] if submission is not None else []
-    shown = ((job, slurm.show(job)) for job in ids if job != slurm.job_id())
-    return [(job, fields) for job, fields in shown if fields.get("JobState") == "PENDING"]
-
-
-def _exclude(job: str, nodes: frozenset[str]) -> None:
-    """Whatever Slurm says to that, it must not end what the caller is about: the job fails and tries again then."""
-    try:
-        slurm.update(job, {"ExcNodeList": ",".join(sorted(nodes))})
-    except UserError as refusal:
-        log.warning("job %s may still run on a broken node: %s", job, refusal)
+    for job in [job.job_id for job in submission.jobs if job.job_id] if submission is not None else []:
+        fields = slurm.show(job) if job != slurm.job_id() else {}
+        if fields.get("JobState") != "PENDING":
+            continue
+        try:
+            before = fields.get("ExcNodeList", "(null)")
+            excluded = slurm.hostnames(before)
+            now = wanted(fields, excluded)
+            if not excluded and before != "(null)":
+                raise UserError(f"scontrol show hostnames {before}: no answer")
+            if now != excluded:
+                slurm.update(job, {"ExcNodeList": ",".join(sorted(now))})
+        except UserError as refusal:
+            log.warning("job %s may still run on a broken node: %s", job, refusal)
