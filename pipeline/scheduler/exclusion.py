@@ -47,7 +47,7 @@ def _change(
             before = fields.get("ExcNodeList", "(null)")
             excluded = slurm.hostnames(before)
             now = wanted(fields, excluded)
-            if not excluded and before != "(null)":
+            if not excluded and before not in ("", "(null)"):
                 raise UserError(f"scontrol show hostnames {before}: no answer")
             if now != excluded:
                 slurm.update(job, {"ExcNodeList": ",".join(sorted(now))})
