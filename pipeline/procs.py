@@ -92,13 +92,18 @@ def spawn(
         raise UserError(f"{argv[0]}: command not found; install it or put it on PATH") from None
 
 
-def capture(argv: Sequence[str], *, env: Mapping[str, str] | None = None, timeout_s: float = 60.0) -> tuple[int, str]:
-    """Run a short command; return its exit status and what it printed (stdout and stderr together)."""
+def capture(
+    argv: Sequence[str], *, env: Mapping[str, str] | None = None, timeout_s: float = 60.0, told: str = ""
+) -> tuple[int, str]:
+    """Run a short command; return its exit status and what it printed (stdout and stderr together).
+
+    `told` is what it finds on its standard input.
+    """
     try:
         done = subprocess.run(
             list(argv),
             env=dict(env) if env is not None else None,
-            stdin=subprocess.DEVNULL,
+            input=told.encode(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             timeout=timeout_s,

@@ -134,6 +134,17 @@ def test_a_preempted_allocation_comes_back_though_nothing_was_done_yet(
     assert "requeue 71" in calls.read_text().splitlines()
 
 
+def test_a_preempted_allocation_with_a_grace_time_lets_its_training_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_scontrol(monkeypatch, tmp_path, RUNNING.replace("PreemptTime=None", "PreemptTime=2026-01-01T00:00:00"))
+    run = RunDir(tmp_path / "run")
+    saves = f"trap 'touch {tmp_path}/killed' TERM; while ! test -f {run.stop_flag}; do sleep 0.1; done"
+    submission = running(run, "train", saves)
+    assert "waits in the queue again" in wind_up(run, submission, CLUSTER, following(run, signal.SIGTERM))
+    assert not (tmp_path / "killed").exists()
+
+
 def test_an_end_while_planning_gives_the_runs_lock_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = fake_scontrol(monkeypatch, tmp_path, RUNNING)
     Ending(RunDir(tmp_path / "run"), Allocation("71", 0), requeue=True)

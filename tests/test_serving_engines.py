@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+from pipeline import procs
+from pipeline.run.owner import mark
 from pipeline.serving.engines import Apptainer, Docker, ServerSpec, Venv
 
 IMAGE = "docker://nvcr.io/nvidia/tritonserver:22.08-pyt-python-py3"
@@ -67,8 +70,12 @@ def test_both_prefixes_carry_devices_packages_and_marks_into_the_container() -> 
 
 
 def test_docker_runs_as_the_user_without_a_network() -> None:
-    assert Docker(IMAGE, user="1000:100", packages=Path("/p")).server_argv(UNIX) == [
-        *["docker", "run", "--rm", "--init", "--ipc=host", "--user=1000:100", "--network=none"],
+    argv = Docker(IMAGE, user="1000:100", packages=Path("/p")).server_argv(UNIX)
+    name = argv.pop(argv.index(f"--label=hh-pipeline.user={os.getuid()}") - 1)
+    argv.remove(f"--label=hh-pipeline.user={os.getuid()}")
+    assert name == f"--name={mark(procs.this_process())}x"
+    assert argv == [
+        *[*GUARD, "docker", "run", "--rm", "--init", "--ipc=host", "--user=1000:100", "--network=none"],
         *["--gpus", '"device=7"', "--mount", "type=bind,source=/runs/a/model_store,target=/model_store,readonly"],
         *["--mount", "type=bind,source=/tmp/s,target=/tmp/s"],
         *["--mount", "type=bind,source=/p,target=/hh-packages,readonly", "--env=HH_PIPELINE_PACKAGES=/hh-packages"],

@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.scheduler import script
 from pipeline.scheduler import submission as submissions
+from pipeline.scheduler.executor import passed_on
 from pipeline.scheduler.state import recorded_state
 from pipeline.scheduler.submission import Job
 from pipeline.scheduler.submit import divide, group_jobs, submit
@@ -125,6 +126,46 @@ def test_ctrl_c_while_the_queue_is_full_takes_back_what_was_submitted(
     assert called(calls, "scancel") == ["scancel 101"]
 
 
+INSIDE = {
+    **{"SLURM_JOB_ID": "4711", "SLURM_TMPDIR": "/local/me", "SBATCH_PARTITION": "x", "SUBMITIT_EXECUTOR": "slurm"},
+    **{"CUDA_VISIBLE_DEVICES": "0,1", "ROCR_VISIBLE_DEVICES": "0,1", "GPU_DEVICE_ORDINAL": "0,1"},
+    **{"NVIDIA_VISIBLE_DEVICES": "all", "TMPDIR": "/scratch/job.4711/tmp"},
+    **{
+        "HH_PIPELINE_MEETING": "s0",
+        "HH_PIPELINE_FOLLOWS": "1",
+        "HH_PIPELINE_RUN": "/runs/x",
+        "HH_PIPELINE_FORCED": "1",
+    },
+}
+OWN = {"TRITON_HOST": "n9:8001/rm", "HH_PIPELINE_HOME": "/code", "SLURM_CONF": "/etc/slurm.conf", "HF_HOME": "/hub"}
+
+
+def test_what_belongs_to_a_surrounding_job_does_not_arrive_and_what_is_the_users_own_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_slurm(monkeypatch, tmp_path, f"env > '{tmp_path}/arrived'")
+    for name, value in {**INSIDE, **OWN}.items():
+        monkeypatch.setenv(name, value)
+    submit(RunDir(tmp_path / "run"), config_for(tmp_path), [Planned("sft", "run", "")], ())
+    arrived = dict(line.partition("=")[::2] for line in (tmp_path / "arrived").read_text().splitlines())
+    assert arrived.keys() & INSIDE.keys() == set()
+    assert {name: arrived.get(name) for name in OWN} == OWN
+
+
+def test_only_a_surrounding_jobs_own_temporary_folder_stays_behind() -> None:
+    def tmpdir(folder: str) -> str | None:
+        return passed_on({"SLURM_JOB_ID": "47", "SLURM_TMPDIR": "/local/me", "TMPDIR": folder}).get("TMPDIR")
+
+    assert [tmpdir(folder) for folder in ("/local/me", "/tmp/47", "/tmp/me_47.0")] == [None] * 3
+    assert [tmpdir(folder) for folder in ("/home/me/tmp", "/tmp/471")] == ["/home/me/tmp", "/tmp/471"]
+
+
+def test_on_a_login_node_and_in_jobs_of_this_very_node_the_gpus_stay_those_that_are_visible() -> None:
+    devices = {"CUDA_VISIBLE_DEVICES": "3", "TMPDIR": "/tmp/47"}
+    assert passed_on(devices) == devices
+    assert passed_on({**devices, "SLURM_JOB_ID": "47", "HH_PIPELINE_STAGE": "sft"}, here=True) == devices
+
+
 @pytest.mark.parametrize("name", ["a 0", 'a"=0"', "a'; echo foo", "a $HOME `id` & # b", "ümlaut"])
 def test_paths_mean_in_a_script_what_they_are(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
@@ -173,7 +214,7 @@ def test_trainings_of_one_allocation_take_turns_on_its_gpus() -> None:
     config = load.resolve({**load.load_preset("demo"), "preset": "demo"}, ("reward_model.base=model",), "in-allocation")
     waits = {job.name: job.waits_for for job in group_jobs(config, PLAN)}
     assert waits["reward-model"] == ("prefetch", "sft")
-    assert waits["sandbox"] == ()
+    assert waits["sandbox"] == ("prefetch",)  # which fetches its packages: they are not on the nodes
     apart = load.resolve({**load.load_preset("demo"), "preset": "demo"}, ("reward_model.base=model",), "local")
     assert {job.name: job.waits_for for job in group_jobs(apart, PLAN)}["reward-model"] == ("prefetch",)
 

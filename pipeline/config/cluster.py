@@ -122,6 +122,11 @@ class Cluster(Section):
             raise ValueError("cluster.retries: a job tries again by queueing itself again; set cluster.requeue: true")
         return self
 
+    @property
+    def reaches_internet(self) -> bool:
+        """Whether the jobs' nodes do: as the profile says, else only where they are this machine."""
+        return self.executor == "local" if self.internet is None else self.internet
+
     def resources(self, stage: str) -> Resources:
         """What `stage` asks for."""
         return self.stages.get(stage, self.default)

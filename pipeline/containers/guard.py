@@ -14,6 +14,7 @@ import sys
 import time
 from types import FrameType
 
+from pipeline.containers import docker
 from pipeline.errors import UserError, run_command
 from pipeline.procs import die_with_parent, session_pids
 
@@ -34,6 +35,7 @@ def main(argv: list[str]) -> int:
 
     if not argv:
         raise UserError("usage: python -m pipeline.containers.guard COMMAND ...")
+    container = docker.name_in(argv)
     try:
         signal.signal(signal.SIGHUP, orphaned)
         die_with_parent(sign=signal.SIGHUP)
@@ -41,7 +43,9 @@ def main(argv: list[str]) -> int:
     except _Orphaned:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         _kill_session()
-        return 1
+        status = 1
+    if container is not None:  # the daemon's, which knows nothing of our sessions
+        docker.remove(container)
     if status < 0:
         if -status != signal.SIGKILL:
             signal.signal(-status, signal.SIG_DFL)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline import procs
 from pipeline.containers import registry
@@ -54,6 +56,13 @@ def fetch(source: Source, cache: Path, note: Note, fresh: bool = False) -> str:
             if _origin(source, digest, cache) is None:  # else another run has fetched it meanwhile
                 registry.fetch(source.reference, digest, layout, note)
     return digest
+
+
+def is_held(source: Source, digest: str, cache: Path) -> bool:
+    """Whether the cache has what an image is built from, or the image itself, so that no network is needed."""
+    if source.kind == "definition":
+        return any(_made(cache, digest))
+    return _origin(source, digest, cache) is not None
 
 
 def make(source: Source, engine: str, folder: bool, cache: Path, log: Path, note: Note, fresh: bool = False) -> Image:
@@ -143,10 +152,32 @@ def _origin(source: Source, digest: str, cache: Path) -> str | None:
     if source.reference is None:
         return source.text
     layout = _layout(cache, digest)
-    if (layout / "index.json").exists():
+    if _is_whole(layout):
         return f"oci:{layout}"
-    made = (_entry(cache, digest, form) / _name(form) for form in (False, True))
-    return next((str(path) for path in made if path.exists()), None)
+    return next((str(path) for path in _made(cache, digest)), None)
+
+
+def _made(cache: Path, digest: str) -> list[Path]:
+    """The image's forms that the cache has."""
+    forms = (_entry(cache, digest, form) / _name(form) for form in (False, True))
+    return [path for path in forms if path.exists()]
+
+
+def _is_whole(layout: Path) -> bool:
+    """Whether the folder holds all of an image that was fetched: a purge of old files may have left parts of it."""
+    index = atomic.read_json(layout / "index.json")
+    if index is None:
+        return False
+
+    def there(*described: dict[str, Any]) -> bool:
+        blobs = [registry.Blob(one["digest"], one["size"]) for one in described]
+        return all(blob.path(layout).is_file() and blob.path(layout).stat().st_size == blob.size for blob in blobs)
+
+    if not there(*index["manifests"]):
+        return False
+    (own,) = index["manifests"]
+    manifest = json.loads(registry.Blob(own["digest"], own["size"]).path(layout).read_bytes())
+    return there(manifest["config"], *manifest["layers"])
 
 
 def _build_remedy(folder: bool) -> str:

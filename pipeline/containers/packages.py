@@ -36,8 +36,16 @@ def install(pins: list[str], python: str, cache: Path, log: Path) -> tuple[Path,
         return {"packages": pins}
 
     name = f"packages-{fingerprint([python, pins])[:16]}"
-    folder, _, built = cached(cache, name, build, lambda made: (made / "site").is_dir())
+    folder, _, built = cached(cache, name, build, lambda made: is_whole(made / "site"))
     return folder / "site", built
+
+
+def is_whole(site: Path) -> bool:
+    """Whether all packages are there, as far as what pip wrote last of each tells: a purge takes single files."""
+    manifest = atomic.read_json(site.parent / MANIFEST)
+    if manifest is None:
+        return False
+    return len(list(site.glob("*.dist-info/RECORD"))) == len(manifest["packages"])
 
 
 def compile_argv() -> list[str]:

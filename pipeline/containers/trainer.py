@@ -14,8 +14,11 @@ from pathlib import Path
 from pipeline import procs
 from pipeline.config.schema import Config
 from pipeline.containers.command import Bind, exec_argv, guarded
+from pipeline.containers.source import Source, content_digest
 from pipeline.errors import UserError
+from pipeline.run import provenance
 from pipeline.run.directory import RunDir
+from pipeline.run.hashing import HashCache
 from pipeline.run.sources import pins
 
 _CODE = Path(__file__).resolve().parents[2]
@@ -51,6 +54,27 @@ def in_image(
     start = exec_argv(engine, image, binds, gpus=bool(env.get("CUDA_VISIBLE_DEVICES")), own_environment=False)
     command = ["python3" if word == sys.executable else word for word in argv]
     return guarded([*start, "sh", "-c", _BOUND_TO_ENGINE, "sh", *command]), inside
+
+
+def image_digest(config: Config, hashes: HashCache) -> str | None:
+    """Identifies the content of the trainer's image; None without one, or where it is not on this machine."""
+    image = config.cluster.trainer_image
+    if image is None or not Path(image).exists():
+        return None
+    path = Path(image).resolve()
+    return content_digest(Source("folder" if path.is_dir() else "sif", image, path), hashes)
+
+
+def check_image(run: RunDir, config: Config, digest: str | None) -> None:
+    """UserError when the image has become another one since its jobs were submitted."""
+    submitted = provenance.trainer_image(run)
+    if digest is None or submitted is None or submitted["file"] != config.cluster.trainer_image:
+        return
+    if submitted["digest"] != digest:
+        raise UserError(
+            f"cluster.trainer_image: {submitted['file']}: it has changed since this was submitted "
+            f"({submitted['digest'][:12]} to {digest[:12]}); submit again to go on in the new one"
+        )
 
 
 def _folders(run: RunDir, config: Config, env: Mapping[str, str]) -> list[Path]:

@@ -44,7 +44,9 @@ def main(argv: list[str] | None = None) -> None:
         values["parameters"] = build_model(config, _texts(splits["train"]), out / "model")
         artifacts["model"] = "model"
     if "sandbox" in config.all:
-        values["sandbox"] = sandbox.fetch(config, out / "image.log", lambda text: _log.info("%s", text), forced())
+        before = earlier.values("prefetch").get("sandbox") if earlier is not None else None
+        log, built = out / "image.log", run.values("sandbox")
+        values["sandbox"] = sandbox.fetch(config, log, _say, forced(), before, built)
     taken |= take_models(config, earlier)
     values["hub"] = {key: asdict(pin) for key, pin in taken.items()}
     write_result(out, artifacts, values)
@@ -68,6 +70,10 @@ def take_models(config: Config, earlier: RunDir | None) -> dict[str, Pin]:
             taken[key] = fetch_model(key, name, revision, _commit(earlier, key, name, revision))
             _log.info("%s: %s at commit %s", key, name, taken[key].commit)
     return taken
+
+
+def _say(text: str) -> None:
+    _log.info("%s", text)
 
 
 def _commit(earlier: RunDir | None, key: str, name: str, revision: str | None) -> str | None:

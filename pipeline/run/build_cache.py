@@ -50,20 +50,20 @@ def cached(cache: Path, name: str, build: Builder, usable: Callable[[Path], bool
         manifest = found()
         if manifest is not None:  # another builder finished between our two looks
             return folder, manifest, False
-        _remove(building)
-        _remove(folder)
+        remove_folder(building)
+        remove_folder(folder)
         with atomic.disk_errors(building):
             building.mkdir(parents=True)
         try:
             manifest = build(building)
             building.rename(folder)
         finally:
-            _remove(building)
+            remove_folder(building)
         atomic.sync_directory(cache)
         return folder, manifest, True
 
 
-def _remove(folder: Path) -> None:
+def remove_folder(folder: Path) -> None:
     """Remove what is there; an image that was unpacked half-way has folders that their owner may not write to."""
     for path, _, _ in os.walk(folder):
         with contextlib.suppress(OSError):

@@ -34,9 +34,16 @@ def describe(argv: list[str]) -> dict[str, Any]:
     }
 
 
-def write(run: RunDir) -> None:
-    """Record this process's submission."""
-    atomic.write_json(run.provenance, describe(sys.argv))
+def write(run: RunDir, image: str | None = None, digest: str | None = None) -> None:
+    """Record this process's submission; `image` is the file of the trainer's, `digest` what identifies its content."""
+    made_in = {"trainer_image": {"file": image, "digest": digest}} if digest is not None else {}
+    atomic.write_json(run.provenance, {**describe(sys.argv), **made_in})
+
+
+def trainer_image(run: RunDir) -> dict[str, str] | None:
+    """File and digest of the image that the latest submission's work runs in, or None."""
+    found: dict[str, str] | None = (atomic.read_json(run.provenance) or {}).get("trainer_image")
+    return found
 
 
 def check_layout(run: RunDir) -> None:

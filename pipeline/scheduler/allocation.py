@@ -133,7 +133,11 @@ def wind_up(run: RunDir, submission: Submission, cluster: Cluster, ending: Endin
     """End the jobs, the training saved, and queue the allocation again where it was interrupted; says what it did."""
     stages = [stage for job in submission.jobs for stage in job.stages]
     unfinished = [stage for stage in stages if not resolve(run, submission, stage).ended]
-    if ending.warned:
+    assert submission.allocation is not None
+    if not (ending.warned or ending.by_hand) and slurm.has_grace(submission.allocation):
+        ending.terminated = False  # the next one is the last
+        _let_end(run, submission, cluster.grace_s - TERM_S, ending)
+    elif ending.warned:
         _let_end(run, submission, cluster.grace_s - TERM_S, ending)
     progress = _has_progress(run, submission, ending.saved_before)
     for job in reversed(submissions.live_jobs(submission)):

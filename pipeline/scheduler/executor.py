@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +20,35 @@ from pipeline.scheduler.state import set_state
 from pipeline.scheduler.submission import Job, Submission
 from pipeline.stages.job import VISIBLE_DEVICES, run_job
 
-LEAKING = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "PMI_", "PMIX_", "SUBMITIT_")
-"""Variables of a surrounding job that would change or break the jobs submitted from inside it."""
+_LEAKING = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "PMI_", "PMIX_", "SUBMITIT_", "HH_PIPELINE_")
+"""Beginnings of variables of a surrounding job, or of a run, that would change or break the jobs submitted inside."""
+_KEPT = ("SLURM_CONF", "HH_PIPELINE_HOME")
+"""Variables with such names that are people's own."""
+_DEVICES = (
+    *("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"),
+    *("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ZE_AFFINITY_MASK"),
+)
+"""Which GPUs Slurm gave to a job; it sets them anew only in jobs that ask for some."""
+_TEMPORARY = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")
+
+
+def passed_on(environ: Mapping[str, str], here: bool = False) -> dict[str, str]:
+    """What jobs inherit of the submitter's environment.
+
+    Of a surrounding Slurm job they inherit neither settings, nor GPUs, nor a temporary folder that ends with it;
+    those that run `here`, on this node, have its GPUs and folder.
+    """
+    kept = {key: value for key, value in environ.items() if not key.startswith(_LEAKING) or key in _KEPT}
+    if here or "SLURM_JOB_ID" not in environ:
+        return kept
+    of_job = {key for key in _TEMPORARY if key in kept and _belongs_to_job(kept[key], environ)}
+    return {key: value for key, value in kept.items() if key not in of_job and key not in _DEVICES}
+
+
+def _belongs_to_job(folder: str, environ: Mapping[str, str]) -> bool:
+    """Whether a folder bears the surrounding job's id, or is named by one of the job's own variables."""
+    named = any(value == folder for key, value in environ.items() if key.startswith("SLURM_"))
+    return named or re.search(rf"(?<!\d){re.escape(environ['SLURM_JOB_ID'])}(?!\d)", folder) is not None
 
 
 def submit_jobs(run: RunDir, submission: Submission, cluster: Cluster) -> Submission:
@@ -39,7 +68,8 @@ def submit_jobs(run: RunDir, submission: Submission, cluster: Cluster) -> Submis
 
 def _submit_all(run: RunDir, submission: Submission, cluster: Cluster, code: Path) -> None:
     local = submission.executor == "local"
-    for key in [key for key in os.environ if key.startswith(LEAKING) and key != "SLURM_CONF"]:
+    inherited = passed_on(os.environ, here=local)
+    for key in os.environ.keys() - inherited.keys():
         del os.environ[key]
     if local:
         # submitit's local executor overwrites CUDA_VISIBLE_DEVICES; the job puts it back.

@@ -37,6 +37,12 @@ def preempted(job: str) -> bool:
     return preempts(_answer(job))
 
 
+def has_grace(job: str) -> bool:
+    """Whether the job, which got a TERM, is preempted but may go on for a grace time; False without an answer."""
+    fields = _answer(job)
+    return preempts(fields) and runs_on(fields)
+
+
 def is_batch(job: str) -> bool:
     """Whether the job is a batch script: only those can be requeued, and end with scancel without taking a shell."""
     return _answer(job).get("BatchFlag") == "1"
@@ -129,10 +135,15 @@ def requeue(job: str | None = None, changes: Mapping[str, str] | None = None) ->
         _order(["scontrol", "requeue", job])
     if changes:
         try:
-            _order(["scontrol", "update", f"JobId={job}", *(f"{name}={value}" for name, value in changes.items())])
+            update(job, changes)
         except UserError:
             cancel([job])
             raise
+
+
+def update(job: str, changes: Mapping[str, str]) -> None:
+    """Change what a waiting job asks for; UserError when Slurm refuses."""
+    _order(["scontrol", "update", f"JobId={job}", *(f"{name}={value}" for name, value in changes.items())])
 
 
 def _order(argv: Sequence[str]) -> None:

@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipeline import procs
+from pipeline.errors import UserError
 from pipeline.run import atomic
+from pipeline.run.build_cache import exclusive
 from pipeline.run.directory import RunDir
 from pipeline.scheduler import queue
 from pipeline.scheduler.queue import Queued
@@ -42,6 +44,8 @@ class Job:
     """What earlier jobs of its stages turned out to need, where that is more than the profile says; 0: nothing."""
     time_min: int = 0
     """The same of the time limit."""
+    by_hand: float = 0.0
+    """When a person's own sbatch of its script took the place of an earlier job (time.time()); 0: never."""
 
     @property
     def name(self) -> str:
@@ -164,11 +168,38 @@ def with_orphans(submission: Submission) -> Submission:
         return submission
     scripts = queue.own_scripts()
     for job in submission.jobs:
-        folder = f"/{JOBS}/{submission.id}-{job.name}/"
-        ids = [job_id for job_id, script in scripts if folder in script and job_id.isdigit()]
+        ids = _with_script_of(submission, job, scripts)
         if job.job_id is None and ids:
             submission = submission.with_job(replace(job, job_id=max(ids, key=int)))
     return submission
+
+
+def waits_by_script(submission: Submission, job: Job) -> bool:
+    """Whether Slurm's queue holds the job's script, whatever job that is; also where Slurm does not answer."""
+    try:
+        return bool(_with_script_of(submission, job, queue.own_scripts()))
+    except UserError:
+        return True
+
+
+def _with_script_of(submission: Submission, job: Job, scripts: Sequence[tuple[str, str]]) -> list[str]:
+    folder = f"/{JOBS}/{submission.id}-{job.name}/"
+    return [job_id for job_id, script in scripts if folder in script and job_id.isdigit()]
+
+
+def adopt(run: RunDir, submission: Submission, job: Job, job_id: str) -> Submission:
+    """Record that `job_id` does the job now; other jobs of the submission may begin, and do the same, at this moment.
+
+    A job that had another id was submitted again by a person, who may do that with those beside it too.
+    """
+    by_hand = time.time() if job.job_id is not None else job.by_hand
+    with exclusive(run.root / "control" / "adopt.lock", f"recording job {job_id}"):
+        latest = find(run, submission.id)
+        if latest is None:
+            raise UserError(f"{run.root}: this job belongs to submission {submission.id}, which was replaced")
+        latest = latest.with_job(replace(job, job_id=job_id, by_hand=by_hand))
+        write(run, latest)
+    return latest
 
 
 def recover(run: RunDir) -> None:

@@ -11,9 +11,11 @@ from dataclasses import replace
 
 from pipeline.config import load
 from pipeline.config.schema import Config
+from pipeline.containers.trainer import image_digest
 from pipeline.errors import UserError
 from pipeline.run import atomic, endpoint, events, provenance
 from pipeline.run.directory import RunDir
+from pipeline.run.hashing import HashCache
 from pipeline.scheduler import needs, slurm
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.state import set_state
@@ -99,7 +101,9 @@ def submit(
         here = allocation.surrounding()
         submission = replace(submission, allocation=here.job, restart=here.restart)
     save_config(run, config)
-    provenance.write(run)
+    hashes = HashCache(run.root / "cache" / "hashes.json")
+    provenance.write(run, config.cluster.trainer_image, image_digest(config, hashes))
+    hashes.save()
     for each in plan:
         if each.mem_gb or each.time_min:
             needs.remember(run, each.stage, needs.Need(each.mem_gb, each.time_min, each.reason.rpartition(": ")[2]))

@@ -1,4 +1,4 @@
-"""How tritonserver is started: from a virtual environment, or in a container. Pure functions of their arguments."""
+"""How tritonserver is started: from a virtual environment, or in a container."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipeline import procs
+from pipeline.containers import docker
 from pipeline.containers.command import Bind, docker_argv, exec_argv, exec_environment, guarded
 from pipeline.containers.packages import IN_CONTAINER, VARIABLE
+from pipeline.run.owner import mark
 
 STORE_IN_CONTAINER = "/model_store"
 TLS_IN_CONTAINER = "/hh-tls"
@@ -79,6 +82,12 @@ class Engine(ABC):
     def server_env(self, spec: ServerSpec, environ: Mapping[str, str]) -> dict[str, str]:
         """The command's whole environment, made from the caller's."""
 
+    def sweep(self) -> None:  # noqa: B027
+        """Before a start: remove what servers left on this node whose jobs were killed."""
+
+    def clean_up(self, spec: ServerSpec) -> None:  # noqa: B027
+        """After the command has ended, killed perhaps: remove what outlives it."""
+
 
 @dataclass(frozen=True)
 class Venv(Engine):
@@ -146,10 +155,21 @@ class Docker(Engine):
             docker_image(self.image), _binds(spec, self.packages), spec.devices, spec.socket_folder is None, user
         )
         options = [f"--env={key}={value}" for key, value in _packages_variable(self.packages).items()]
-        return [*start[:-1], *options, start[-1], "tritonserver", *server_flags(_inside(spec))]
+        options += docker.identity(self._name(spec))
+        return guarded([*start[:-1], *options, start[-1], "tritonserver", *server_flags(_inside(spec))])
 
     def server_env(self, spec: ServerSpec, environ: Mapping[str, str]) -> dict[str, str]:
         return dict(environ)  # the container's own environment comes from its image and from --gpus
+
+    def sweep(self) -> None:
+        docker.sweep()
+
+    def clean_up(self, spec: ServerSpec) -> None:
+        docker.remove(self._name(spec))
+
+    def _name(self, spec: ServerSpec) -> str:
+        """One name for all starts of a server, which nobody else's has."""
+        return f"{mark(procs.this_process())}{spec.shm_prefix.strip('_').rpartition('_')[2]}"
 
 
 def docker_image(image: str) -> str:

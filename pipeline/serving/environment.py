@@ -24,6 +24,7 @@ from pipeline import procs
 from pipeline.containers.steps import last_line, run_step
 from pipeline.errors import UserError
 from pipeline.run import atomic
+from pipeline.run.build_cache import MANIFEST, cached
 from pipeline.run.hashing import fingerprint
 from pipeline.serving.engines import Venv
 
@@ -33,6 +34,9 @@ SERVER_WHEEL = "nvidia-pytriton==0.7.0"
 SERVER_VERSION = "2.51.0"  # of the tritonserver in that wheel
 NUMPY = "numpy==1.26.4"  # the wheel's Python backend returns empty tensors under numpy 2
 PYTHONS = ((3, 10), (3, 11), (3, 12))  # stubs exist for 3.8-3.13, but 3.13 has no numpy < 2
+
+WHEELS = "wheels"
+_INDEX_REMEDY = "name an index that has it with PIP_INDEX_URL, PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS"
 
 logger = logging.getLogger(__name__)
 
@@ -109,14 +113,55 @@ def check_platform() -> None:
         )
 
 
-def build(folder: Path, pins: list[str], log: Path, note: Callable[[str], None]) -> dict[str, Any]:
+def fetch(pins: list[str], cache: Path, log: Path, note: Callable[[str], None]) -> Path:
+    """The folder of the cache with the pinned packages as wheels, from which `build` needs no network."""
+
+    def download(target: Path) -> dict[str, Any]:
+        note(f"fetching {len(pins)} packages")
+        pin_file = target / "requirements.txt"
+        pin_file.write_text("\n".join(pins) + "\n")
+        # Not `pip download`: what has no wheel is built here, since its build takes the network too.
+        argv = [sys.executable, "-m", "pip", "wheel", "--no-input", "--no-deps", f"--wheel-dir={target / WHEELS}"]
+        run_step([*argv, "--requirement", str(pin_file)], _pip_environment(), log, _INDEX_REMEDY)
+        manifest = {"packages": pins, "wheels": sorted(path.name for path in (target / WHEELS).iterdir())}
+        atomic.write_json(target / MANIFEST, manifest)
+        return manifest
+
+    return cached(cache, _wheels_name(pins), download, _has_wheels)[0] / WHEELS
+
+
+def fetched(pins: list[str], cache: Path) -> Path | None:
+    """The folder that `fetch` made, where it is whole."""
+    folder = cache / _wheels_name(pins)
+    return folder / WHEELS if _has_wheels(folder) else None
+
+
+def _wheels_name(pins: list[str]) -> str:
+    """Login node and compute nodes may differ in what makes an environment's key, but not in this."""
+    return f"wheels-{fingerprint([sys.implementation.cache_tag, platform.machine(), pins])[:16]}"
+
+
+def _has_wheels(folder: Path) -> bool:
+    manifest = atomic.read_json(folder / MANIFEST)
+    return manifest is not None and all((folder / WHEELS / name).is_file() for name in manifest["wheels"])
+
+
+def _pip_environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+
+
+def build(
+    folder: Path, pins: list[str], log: Path, note: Callable[[str], None], wheels: Path | None = None
+) -> dict[str, Any]:
     """Make the environment in the new folder `folder` and return its manifest, which it also writes, last.
+
+    With `wheels`, a folder that `fetch` made, no network is needed.
 
     The folder may be moved afterwards: nothing in it that is used holds its absolute path.
     Raises UserError when a step fails; the steps' output goes to `log`.
     """
     libpython = libpython_folder()
-    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    env = _pip_environment()
     note("creating the virtual environment")
     run_step([sys.executable, "-m", "venv", str(folder)], env, log, "install the package python3-venv")
     pin_file = folder / "requirements.txt"
@@ -125,7 +170,9 @@ def build(folder: Path, pins: list[str], log: Path, note: Callable[[str], None])
     note(f"installing {len(pins)} packages")
     # --no-deps: the list is complete, and the server wheel's own pins (an old tritonclient) are for its Python client.
     install = [python, "-m", "pip", "install", "--no-input", "--no-deps", "--requirement", str(pin_file)]
-    run_step(install, env, log, "name an index that has it with PIP_INDEX_URL, PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS")
+    if wheels is not None:
+        install += ["--no-index", f"--find-links={wheels}"]
+    run_step(install, env, log, _INDEX_REMEDY)
     note("checking the server")
     _remove_scripts(folder / "bin")
     site = Path("lib") / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
@@ -139,7 +186,7 @@ def build(folder: Path, pins: list[str], log: Path, note: Callable[[str], None])
         "tritonserver": SERVER_VERSION,
     }
     _verify(open_environment(folder, manifest))
-    atomic.write_json(folder / "manifest.json", manifest)
+    atomic.write_json(folder / MANIFEST, manifest)
     return manifest
 
 

@@ -20,10 +20,10 @@ from pipeline.config.schema import Config
 from pipeline.containers import images, packages
 from pipeline.containers.command import Bind, choose_engine, docker_argv, exec_argv, exec_environment
 from pipeline.containers.images import Note
-from pipeline.containers.source import parse_source
+from pipeline.containers.source import Source, parse_source
 from pipeline.containers.steps import last_line
 from pipeline.errors import UserError, run_command
-from pipeline.run import atomic
+from pipeline.run import atomic, owner
 from pipeline.run.build_cache import MANIFEST, cached
 from pipeline.run.hashing import fingerprint
 from pipeline.run.work import Progress, forced, parse_work, write_result
@@ -32,6 +32,8 @@ from pipeline.serving.engines import Apptainer, Docker, Engine
 
 _CHECK_S = 600.0
 """A .sif file that cannot be mounted is unpacked for each command: that takes minutes."""
+
+_UNPACKED = "hh-image-"
 
 logger = logging.getLogger(__name__)
 
@@ -73,15 +75,30 @@ def prepare(
     return {"engine": engine, **values, "seconds": round(time.monotonic() - started, 3)}
 
 
-def fetch(config: Config, log: Path, note: Note, fresh: bool = False) -> dict[str, Any]:
-    """Fetch what a container sandbox takes from the network, so that it can be built where there is none.
+def fetch(
+    config: Config,
+    log: Path,
+    note: Note,
+    fresh: bool = False,
+    earlier: Mapping[str, Any] | None = None,
+    built: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Fetch what a sandbox takes from the network, so that it can be built where there is none.
 
-    Returns what was fetched, for the record; empty where the engine needs no image, or makes it only with a network.
+    Returns what was fetched, for the record; empty where nothing is needed, or the sandbox is made only with a network.
+    `earlier` is what the run fetched before: the same image is fetched again, though its tag may have moved on.
+    `built` is the run's sandbox, where it has one.
     """
-    engine = engine_of(config)
+    engine, cache = engine_of(config), cache_dir(config)
+    if engine == "venv" and needs_wheels(config):
+        environment.check_platform()
+        pins = environment.requirements()
+        if _has_venv(cache, pins, built or {}):
+            return {}
+        return {"packages": str(environment.fetch(pins, cache, log, note))}
     if engine in ("venv", "none", "docker"):
         return {}
-    source, cache = parse_source(config.sandbox.image), cache_dir(config)
+    source = _as_fetched(parse_source(config.sandbox.image), earlier or {})
     fetched: dict[str, Any] = {"image": source.text}
     if source.kind == "definition":  # its build takes the network
         fetched["digest"] = images.make(source, engine, _as_folder(config), cache, log, note).digest
@@ -92,6 +109,33 @@ def fetch(config: Config, log: Path, note: Note, fresh: bool = False) -> dict[st
         pins, python = environment.package_pins(config.sandbox.python), config.sandbox.python
         fetched["packages"] = str(packages.install(pins, python, cache, log)[0])
     return fetched
+
+
+def lost(config: Config, fetched: Mapping[str, Any], built: Mapping[str, Any]) -> str | None:
+    """What a sandbox is made from and the cache has no more, though it was fetched; None when all is there."""
+    engine, cache = engine_of(config), cache_dir(config)
+    if engine == "venv" and needs_wheels(config):
+        pins = environment.requirements()
+        there = environment.fetched(pins, cache) is not None or _has_venv(cache, pins, built)
+        return None if there else f"the packages of the server's environment are not in {cache}"
+    if "digest" not in fetched:
+        return None
+    if not images.is_held(_as_fetched(parse_source(config.sandbox.image), fetched), fetched["digest"], cache):
+        return f"its image {fetched['image']} is not in {cache} any more"
+    site = fetched.get("packages")
+    return f"its packages are gone ({site})" if site and not packages.is_whole(Path(site)) else None
+
+
+def needs_wheels(config: Config) -> bool:
+    """Whether prefetch fetches the packages of engine `venv`: only where its sandbox is built without a network."""
+    return not config.cluster.reaches_internet and "sandbox" not in config.cluster.on_login_node
+
+
+def _as_fetched(source: Source, fetched: Mapping[str, Any]) -> Source:
+    """The source, by the digest that was fetched of it, if that was of the same name."""
+    if source.reference is None or fetched.get("image") != source.text:
+        return source
+    return replace(source, reference=replace(source.reference, digest=fetched["digest"]))
 
 
 @contextlib.contextmanager
@@ -118,7 +162,9 @@ def open_sandbox(values: Mapping[str, Any], log: Path, tick: procs.Tick = lambda
     image = images.Image(values["engine"], str(folder), values["digest"], built=False)
     with contextlib.ExitStack() as stack:
         if values.get("unpack_on_node"):
-            place = stack.enter_context(tempfile.TemporaryDirectory(prefix="hh-image-", ignore_cleanup_errors=True))
+            owner.sweep_folders(Path(tempfile.gettempdir()), _UNPACKED)  # of servers whose whole job was killed
+            prefix = f"{_UNPACKED}{owner.mark(procs.this_process())}"
+            place = stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True))
             image = images.unpack(image, Path(place) / "image", log, tick)
         yield Apptainer(image.file, name=image.engine, packages=site)
 
@@ -148,9 +194,10 @@ def cache_dir(config: Config) -> Path:
 def _prepare_venv(config: Config, log: Path, note: Note) -> dict[str, Any]:
     environment.check_platform()
     pins = environment.requirements()
-    key = environment.environment_key(pins)
+    cache, key = cache_dir(config), environment.environment_key(pins)
+    wheels = environment.fetched(pins, cache)
     folder, manifest, built = cached(
-        cache_dir(config), f"server-{key}", lambda target: environment.build(target, pins, log, note), _usable_venv
+        cache, _venv_name(pins), lambda target: environment.build(target, pins, log, note, wheels), _usable_venv
     )
     versions = {"python": manifest["python"], "tritonserver": manifest["tritonserver"]}
     return {"path": str(folder), **versions, "key": key, "built": built}
@@ -160,9 +207,7 @@ def _prepare_container(
     config: Config, engine: str, log: Path, note: Note, fresh: bool, fetched: Mapping[str, Any]
 ) -> dict[str, Any]:
     cache, settings = cache_dir(config), config.sandbox
-    source = parse_source(settings.image)
-    if source.reference is not None and fetched.get("image") == source.text:
-        source = replace(source, reference=replace(source.reference, digest=fetched["digest"]))
+    source = _as_fetched(parse_source(settings.image), fetched)
     image = images.make(source, engine, _as_folder(config), cache, log, note, fresh)
     site, installed = None, False
     if settings.packages == "trainer":
@@ -228,6 +273,17 @@ def check_image(inside: list[str], python: str | None) -> dict[str, str]:
         raise UserError(f"sandbox.image: its Python cannot import torch and transformers: {last_line(text)}; {remedy}")
     status, text = procs.capture([*inside, "printenv", "TRITON_SERVER_VERSION"], env=env, timeout_s=_CHECK_S)
     return {"python": found, "tritonserver": text.split()[-1] if status == 0 and text.split() else "unknown"}
+
+
+def _venv_name(pins: list[str]) -> str:
+    return f"server-{environment.environment_key(pins)}"
+
+
+def _has_venv(cache: Path, pins: list[str], built: Mapping[str, Any]) -> bool:
+    """Whether the environment is there: in the cache, for machines like this one, or as the run built it elsewhere."""
+    folders = [cache / _venv_name(pins), *([Path(built["path"])] if built.get("engine") == "venv" else [])]
+    manifests = [atomic.read_json(folder / MANIFEST) for folder in folders if _usable_venv(folder)]
+    return any(manifest is not None and manifest["packages"] == pins for manifest in manifests)
 
 
 def _usable_venv(folder: Path) -> bool:

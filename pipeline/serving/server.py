@@ -20,6 +20,7 @@ from tritonclient.utils import InferenceServerException
 from pipeline import network, procs
 from pipeline.config.serving import Serving
 from pipeline.errors import UserError
+from pipeline.run import owner
 from pipeline.serving import wire
 from pipeline.serving.engines import Engine, ServerSpec
 from pipeline.serving.model_store import Manifest
@@ -107,6 +108,7 @@ class TritonServer:
             raise RuntimeError("the server was started already")
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         sweep_shared_memory(self.spec.shm_prefix)  # of earlier servers whose whole job was killed
+        self.engine.sweep()
         if self.spec.socket_folder is not None:
             self.spec.socket_folder.mkdir(mode=0o700, exist_ok=True)
             self._socket().unlink(missing_ok=True)  # of a server that was killed
@@ -177,6 +179,7 @@ class TritonServer:
         if self._process is not None:
             status = procs.end_tree(self._process, self.spec.drain_s + 5.0 if grace_s is None else grace_s)
             self._process = None
+            self.engine.clean_up(self.spec)
         sweep_shared_memory(self.spec.shm_prefix)
         if self.spec.socket_folder is not None:
             self._socket().unlink(missing_ok=True)
@@ -226,9 +229,10 @@ def _is_error(line: str) -> bool:
     return " E " in line[:40] or line.lower().startswith("error")
 
 
-def region_prefix(owner: procs.ProcessId) -> str:
-    """How the regions of a server are named whose supervisor is `owner`: they can be recognised after its death."""
-    return f"triton_hh_{_pid_namespace()}_{owner.pid}_{owner.start}_{uuid.uuid4().hex[:8]}_"
+def region_prefix(supervisor: procs.ProcessId) -> str:
+    """How the regions of a server with that supervisor are named: they can be recognised after its death."""
+    name = f"{owner.pid_namespace()}_{supervisor.pid}_{supervisor.start}"
+    return f"triton_hh_{name}_{uuid.uuid4().hex[:8]}_"
 
 
 def sweep_shared_memory(prefix: str, folder: Path = _SHARED_MEMORY) -> list[str]:
@@ -258,12 +262,4 @@ def sweep_shared_memory(prefix: str, folder: Path = _SHARED_MEMORY) -> list[str]
 def _orphaned(name: str) -> bool:
     """Whether a region bears the name of a supervisor of this container that has ended."""
     match = _REGION.match(name)
-    if match is None or match["namespace"] != _pid_namespace():
-        return False
-    owner = procs.process_of(int(match["pid"]))
-    return owner is None or owner.start != int(match["start"]) or not owner.alive()
-
-
-def _pid_namespace() -> str:
-    """Identifies the set of processes that this one can see."""
-    return str(os.stat("/proc/self/ns/pid").st_ino)
+    return match is not None and owner.has_ended(match["namespace"], int(match["pid"]), int(match["start"]))

@@ -179,7 +179,7 @@ def _stages(facts: SlurmFacts, partition: Partition, kind: NodeKind) -> list[str
     longest = f"{partition.max_time_min} min" if partition.max_time_min else "no limit"
     return [
         f"# The partition's longest job: {longest}. A training that needs more goes on in further segments.",
-        "# prefetch needs the internet, and with engine venv sandbox too: on the login node where nodes have none.",
+        "# prefetch needs the internet, and fetches for sandbox too: on the login node where nodes have none.",
         f"default: {other}",
         "stages:",
         *(f"  {stage}: {one}" for stage in ("sft", "reward-model", "convert", "evaluate")),

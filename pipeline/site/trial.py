@@ -13,7 +13,7 @@ from pipeline.config.schema import Config
 from pipeline.run import snapshot
 from pipeline.run.directory import RunDir
 from pipeline.scheduler import script
-from pipeline.scheduler.executor import LEAKING
+from pipeline.scheduler.executor import passed_on
 from pipeline.scheduler.options import job_resources
 from pipeline.scheduler.submission import Job
 from pipeline.scheduler.submit import group_jobs
@@ -54,7 +54,7 @@ def jobs_of(config: Config) -> tuple[Job, ...]:
 def probe(run: RunDir, config: Config) -> dict[str, Answer]:
     """What sbatch says of each job, by the job's name. Nothing is submitted."""
     code = snapshot.folder(run)
-    env = {name: value for name, value in os.environ.items() if not name.startswith(LEAKING) or name == "SLURM_CONF"}
+    env = passed_on(os.environ)
     with tempfile.TemporaryDirectory(prefix="hh-doctor-") as folder:
 
         def test(job: Job) -> Answer:

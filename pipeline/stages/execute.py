@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline import network, oom, procs
-from pipeline.containers.trainer import in_image
+from pipeline.containers.trainer import check_image, image_digest, in_image
 from pipeline.errors import UserError
 from pipeline.run import atomic, hashing, work
 from pipeline.run.directory import Artifact, Outputs, RunDir
@@ -78,6 +78,8 @@ def run_stage(
     Raises StageFailed, StageStopped or Superseded. Whatever ends this function early ends the child's whole tree too.
     """
     run, stage = context.run, REGISTRY[stage_name]
+    image = image_digest(context.config, context.hashes) if stage.contained else None
+    check_image(run, context.config, image)
     known = basis(stage, context)
     context.hashes.save()
     fingerprint = hashing.fingerprint(known)
@@ -119,7 +121,9 @@ def run_stage(
         raise StageStopped("it saved its state and stopped as asked; submit again to go on", number)
     if failure is not None:
         raise failure
-    outputs = _record(run, stage, known, fingerprint, number, seconds, submission)
+    outputs = _record(
+        run, stage, known, fingerprint, number, seconds, submission, {"trainer_image": image} if image else {}
+    )
     set_state(run, stage_name, submission, "done", stage.headline(outputs.values), number)
     _prune(run, stage_name, number)
     if stage_name == "train":
@@ -215,6 +219,7 @@ def _record(
     number: int,
     seconds: float,
     submission: str,
+    made_in: dict[str, str],
 ) -> Outputs:
     out = run.attempt(stage.name, number) / "out"
     result = atomic.read_json(out / work.RESULT)
@@ -225,9 +230,8 @@ def _record(
         path = out / relative
         sha256, size = hashing.hash_tree(path)
         artifacts[name] = Artifact(str(path.relative_to(run.root)), sha256, size)
-    outputs = Outputs(
-        stage.name, fingerprint, number, artifacts, result["values"], known, time.time(), seconds, submission
-    )
+    values = {**result["values"], **made_in}
+    outputs = Outputs(stage.name, fingerprint, number, artifacts, values, known, time.time(), seconds, submission)
     run.write_outputs(outputs)
     for name, artifact in artifacts.items():
         link = f"models/{stage.name}" if name == "model" else _LINKS.get(name)

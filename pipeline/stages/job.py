@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -164,9 +163,7 @@ def _adopt(run: RunDir, submission: Submission, names: tuple[str, ...]) -> Submi
         return submission
     if job.job_id is not None and submissions.job_alive(submission, job):
         raise UserError(f"{run.root}: job {job.job_id} does this already; scancel it first, or wait for it")
-    submission = submission.with_job(replace(job, job_id=mine))
-    submissions.write(run, submission)
-    return submission
+    return submissions.adopt(run, submission, job, mine)
 
 
 def _wait_for_parents(run: RunDir, submission: Submission, job: Job) -> bool:

@@ -58,6 +58,10 @@ class Prefetch(Stage):
             gone = f"{SETTINGS[key]}: {fault}" if (fault := pin.fault()) else None
             if gone is None and home is not None and not Path(pin.folder).resolve().is_relative_to(home.resolve()):
                 gone = f"{SETTINGS[key]}: {pin.folder} is not in cluster.cache ({home})"
+        if gone is None and "sandbox" in context.config.all:
+            from pipeline.serving.sandbox import lost  # only here: a plan that ends before needs none of it
+
+            gone = lost(context.config, outputs.values.get("sandbox", {}), context.run.values("sandbox"))
         return gone
 
     def headline(self, values: dict[str, Any]) -> str:

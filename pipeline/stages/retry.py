@@ -19,7 +19,7 @@ from pipeline.errors import UserError, run_command
 from pipeline.procs import NoAnswer
 from pipeline.run import bad_nodes, events
 from pipeline.run.directory import RunDir
-from pipeline.scheduler import needs, retries, slurm
+from pipeline.scheduler import exclusion, needs, retries, slurm
 from pipeline.scheduler.needs import Need
 from pipeline.scheduler.retries import Record, Room
 from pipeline.scheduler.state import recorded_state, set_state
@@ -81,12 +81,13 @@ def _try_again(run: RunDir, cluster: Cluster, submission: str, names: tuple[str,
     asked = retries.asked(cluster, fields, cpus, avoided)
     retry = retries.decide(cluster, fault, asked, _room(fields), len(done))
     if isinstance(retry, str):
-        return f"no retry: {retry}{_forgive(run, done, fault)}"
+        return f"no retry: {retry}{_forgive(run, submission, cluster, done, fault)}"
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from here to the end; the requeue itself brings one
     if not retries.claim(folder, job, _restart(), fault, retry):
         return None  # the job's other process was first
     if retry.without:
         bad_nodes.remember(run, retry.without, fault.reason)
+        exclusion.avoid(run, submission, retry.without)
     if retry.mem_gb or retry.time_min:
         needs.remember(run, stage, Need(retry.mem_gb, retry.time_min, fault.reason))
     for name in names:
@@ -101,13 +102,14 @@ def _try_again(run: RunDir, cluster: Cluster, submission: str, names: tuple[str,
     return None
 
 
-def _forgive(run: RunDir, done: Sequence[Record], fault: Fault) -> str:
+def _forgive(run: RunDir, submission: str, cluster: Cluster, done: Sequence[Record], fault: Fault) -> str:
     """Nodes on which the same job failed one after the other are not what is broken: other jobs may use them."""
     blamed = {record.node for record in done if record.kind == "node"} | {fault.node}
     if fault.kind != "node" or len(blamed) < 2:
         return ""
     for node in blamed:
         bad_nodes.forget(run, node)
+    exclusion.allow(run, submission, sorted(blamed), cluster.exclude)
     return f"; it failed so on {', '.join(sorted(blamed))}, so the nodes are hardly the reason"
 
 

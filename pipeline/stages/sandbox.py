@@ -32,8 +32,11 @@ class Sandbox(Stage):
         return settings
 
     def after(self, config: Config) -> tuple[str, ...]:
+        from pipeline.serving.sandbox import needs_wheels
+
         engine = choose_engine(config.sandbox.engine, config.cluster.engine)
-        return () if engine in ("venv", "none") else ("prefetch",)  # which fetches the image
+        alone = engine == "none" or (engine == "venv" and not needs_wheels(config))
+        return () if alone else ("prefetch",)  # which fetches the image, or the packages
 
     def command(self, work: Work) -> list[str]:
         return module_command("pipeline.serving.sandbox", work)

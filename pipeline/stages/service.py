@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Config
@@ -13,19 +13,17 @@ from pipeline.errors import UserError
 from pipeline.procs import Tick
 from pipeline.run import endpoint
 from pipeline.run.directory import RunDir
-from pipeline.scheduler.state import recorded_state, resolve, set_state
+from pipeline.scheduler.state import set_state
 from pipeline.scheduler.submission import Submission
 from pipeline.stages.base import Context
 from pipeline.stages.devices import granted_devices, split_devices
 from pipeline.stages.execute import StageFailed, Superseded, run_stage
 from pipeline.stages.nodes import Leader, Nodes, Rendezvous
+from pipeline.stages.partner import LOOK_S, Partner
 from pipeline.stages.surroundings import OFFLINE
 
 if TYPE_CHECKING:
     from pipeline.serving.supervisor import Supervisor
-
-LOOK_S = 30.0
-"""Seconds between looks at the other job: they ask Slurm's controller."""
 
 
 def share_devices(config: Config, names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -70,19 +68,16 @@ def serve_train(context: Context, submission: str, reason: str, forced: bool, no
 def train_beside_server(context: Context, submission: Submission, reason: str, forced: bool, nodes: Nodes) -> None:
     """Run the training, whose server is a job of its own: while that job waits or runs, its server is waited for."""
     run = context.run
-    looked = float("-inf")
+    server, said = Partner(run, submission, "train", "serve"), float("-inf")
 
     def tick() -> None:
-        nonlocal looked
-        recorded = recorded_state(run, "serve")
-        told = recorded is not None and recorded.submission == submission.id and recorded.ended
-        if not told and time.monotonic() - looked < LOOK_S:
-            return
-        looked = time.monotonic()
-        state = resolve(run, submission, "serve")
-        if state.ended:
-            raise StageFailed(f"its reward server is gone: serve {state.state}: {state.reason}", 0)
-        endpoint.expect(run)
+        nonlocal said
+        ended = server.ended()
+        if ended is not None:
+            raise StageFailed(f"its reward server is gone: {ended}", 0)
+        if time.monotonic() - said > LOOK_S:
+            said = time.monotonic()
+            endpoint.expect(run)
 
     tick()
     environment = {endpoint.WAIT_VARIABLE: str(context.config.serving.start_timeout_s)}
@@ -92,7 +87,11 @@ def train_beside_server(context: Context, submission: Submission, reason: str, f
 
 def serve_alone(run: RunDir, config: Config, submission: Submission, nodes: Nodes) -> None:
     """Serve until the job is asked to end, or until the training of the same submission is over."""
-    over = _training_over(run, submission)
+    training = Partner(run, submission, "serve", "train")
+
+    def over() -> bool:
+        return training.exists and training.ended() is not None
+
     if over():
         set_state(run, "serve", submission.id, "skipped", "not needed: the training is over")
         return
@@ -111,26 +110,8 @@ def serve_alone(run: RunDir, config: Config, submission: Submission, nodes: Node
             if (announced, missing) != before:
                 set_state(run, "serve", submission.id, "running", (announced or "starting tritonserver") + missing)
             time.sleep(0.2)
-    set_state(run, "serve", submission.id, "done", "ended with the training that it served")
-
-
-def _training_over(run: RunDir, submission: Submission) -> Callable[[], bool]:
-    """Says whether the training that the server is there for has ended; never, where there is none."""
-    looked = float("-inf")
-
-    def over() -> bool:
-        nonlocal looked
-        if submission.job_of("train") is None:
-            return False
-        recorded = recorded_state(run, "train")
-        if recorded is not None and recorded.submission == submission.id and recorded.ended:
-            return True
-        if time.monotonic() - looked < LOOK_S:
-            return False
-        looked = time.monotonic()
-        return resolve(run, submission, "train").ended
-
-    return over
+    said = "no training came for it" if training.missed else "ended with the training that it served"
+    set_state(run, "serve", submission.id, "done", said)
 
 
 @contextlib.contextmanager

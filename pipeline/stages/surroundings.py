@@ -25,7 +25,7 @@ def surroundings(cluster: Cluster, offline: bool, environ: Mapping[str, str]) ->
     added = cache_variables(cluster, environ)
     if offline:
         added |= OFFLINE
-        if not reaches_internet(cluster) and not environ.get("WANDB_MODE"):
+        if not cluster.reaches_internet and not environ.get("WANDB_MODE"):
             added["WANDB_MODE"] = "offline"
     elif cluster.proxy:
         added |= proxy_variables(cluster.proxy, environ)
@@ -33,11 +33,6 @@ def surroundings(cluster: Cluster, offline: bool, environ: Mapping[str, str]) ->
         folder = node_folder(environ)
         added |= {name: str(folder / place) for name, place in _COMPILED.items() if not environ.get(name)}
     return added
-
-
-def reaches_internet(cluster: Cluster) -> bool:
-    """Whether the jobs' nodes do: as the profile says, else only where they are this machine."""
-    return cluster.executor == "local" if cluster.internet is None else cluster.internet
 
 
 def hub_home(cluster: Cluster, environ: Mapping[str, str]) -> Path | None:

@@ -21,7 +21,7 @@ from ordinary_user import ROOT, OrdinaryUser, remove
 from registry import Registry
 from triton_image import NAME
 
-from pipeline.run import atomic
+from pipeline.run import atomic, provenance
 from pipeline.run.directory import RunDir
 
 TRAINER_PACKAGES = Path("usr/lib/python3/dist-packages/trainer.pth")
@@ -241,6 +241,12 @@ def test_server_from_one_file_unpacked_on_its_node_and_trainer_in_a_container_gi
     assert {environment_of(pid)["CUDA_VISIBLE_DEVICES"] for pid in ranks} == {"0,1,2,3,4,5,6"}
     site.wait()
     assert policy_sha256(run) == policy_sha256(contained)
+    made_in = provenance.trainer_image(RunDir(run))
+    assert made_in is not None
+    assert made_in["file"] == str(trainer)
+    assert [RunDir(run).values(stage).get("trainer_image") for stage in ("train", "evaluate")] == [
+        made_in["digest"]
+    ] * 2
     wait_for(lambda: nothing_left(run), "every process to end", 20)
     assert not list(Path("/tmp").glob("hh-image-*"))
 

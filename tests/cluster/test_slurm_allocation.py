@@ -134,10 +134,11 @@ def test_a_training_uses_every_node_of_the_allocation(slurm: MiniSlurm, finished
 def test_a_job_submits_the_chain_and_ends_whatever_its_own_variables_say(slurm: MiniSlurm, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = " ".join(f"--set '{override}'" for override in CHAIN_SETTINGS)
-    site = slurm.folder / "profile.yaml"
+    site = profile(slurm.folder, "inside", setup=[f"env > '{tmp_path}'/$SLURM_JOB_NAME"])
     job_script = tmp_path / "job.sh"
     job_script.write_text(
         f"""#!/bin/bash
+export TMPDIR=/tmp/$SLURM_JOB_ID TRITON_HOST=n9:8001/rm HH_PIPELINE_MEETING=another; mkdir $TMPDIR
 export SLURM_MEM_PER_CPU=100 SLURM_MEM_PER_NODE=4096 SLURM_CPU_BIND=quiet,mask_cpu:0x3 SLURM_NTASKS=3
 export SBATCH_TIMELIMIT=1 SBATCH_PARTITION=nowhere SRUN_CPUS_PER_TASK=63 PYTHON='{sys.executable}'
 bash slurm/pipeline.sbatch --cluster {site} --preset demo --run-dir {run} --stage prefetch,sft {settings}
@@ -155,6 +156,11 @@ bash slurm/pipeline.sbatch --cluster {site} --preset demo --run-dir {run} --stag
         assert limit == ["30:00", "gpu", "4"]
     assert wait_for_end(slurm, outer, run) == "COMPLETED"
     assert RunDir(run).outputs("sft") is not None
+    arrived = dict(line.partition("=")[::2] for line in (tmp_path / "hh-sft").read_text().splitlines())
+    assert arrived["TRITON_HOST"] == "n9:8001/rm"
+    for name in ("CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "HH_PIPELINE_MEETING"):  # the outer job's
+        assert name not in arrived
+    assert outer not in arrived.get("TMPDIR", "")
 
 
 def test_stages_that_need_the_internet_run_on_the_login_node_before_the_rest_is_submitted(

@@ -33,9 +33,8 @@ def test_a_broken_data_file_fails_its_stage_and_what_waits_for_it_leaves_the_que
     seen = states(run)
     reason = "not valid JSON (Expecting ',' delimiter: line 2 column 1 (char 25)); correct or remove the line"
     assert seen.pop("prefetch") == ("failed", f"{rows / 'train.jsonl'}:1: {reason}")
-    assert seen.pop("sandbox")[0] == "done"  # it waits for nothing
     assert {stage: state for stage, (state, _) in seen.items()} == dict.fromkeys(seen, "cancelled")
-    assert seen["sft"][1] == seen["reward-model"][1] == "prefetch failed"
+    assert seen["sft"][1] == seen["reward-model"][1] == seen["sandbox"][1] == "prefetch failed"
     assert seen["evaluate"][1] == "prefetch failed"  # the first of those that it needs
 
 
@@ -116,7 +115,30 @@ def test_a_training_goes_on_with_the_server_that_is_left_and_ends_when_their_job
     assert seen["evaluate"] == ("cancelled", "train failed")
     assert [path.name for path in (run / "stages" / "train" / "attempts").iterdir()] == ["0001"]
     assert endpoint.read(RunDir(run)) is None
+
+    submit_again(slurm, run, "train", "serve")
+    reached = last_checkpoint(run)
+    wait_for(lambda: last_checkpoint(run) > reached, "the training to go on with the new server", 180)
+    slurm.command("scancel", "--name=hh-train")
+    wait_for(slurm.empty, "the server to end with it", 180)
+    seen = states(run)
+    assert (seen["serve"], seen["train"][0]) == (("done", "ended with the training that it served"), "cancelled"), seen
+
+    submit_again(slurm, run, "serve", "train")
+    reached = last_checkpoint(run)
+    wait_for(lambda: last_checkpoint(run) > reached, "the training to go on once more", 180)
+    assert "cancelled serve, train" in command("cancel", run).out
     wait_for(lambda: nothing_left(run), "every process to end", 20)
+
+
+def submit_again(slurm: MiniSlurm, run: Path, *stages: str) -> None:
+    """Submit jobs' scripts by hand, each once the one before has started."""
+    submission = submissions.read(RunDir(run))
+    assert submission is not None
+    for stage in stages:
+        (script,) = run.glob(f"jobs/{submission.id}-{stage}/*_submission.sh")
+        slurm.command("sbatch", str(script))
+        wait_for(lambda stage=stage: states(run)[stage][0] in ("pending", "running"), f"{stage} to start")
 
 
 def last_checkpoint(run: Path) -> int:
