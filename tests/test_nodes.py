@@ -18,7 +18,7 @@ from pipeline import procs
 from pipeline.config import load
 from pipeline.config.cluster import Cluster
 from pipeline.config.schema import Config
-from pipeline.run import atomic, hashing
+from pipeline.run import atomic, endpoint, hashing
 from pipeline.run.directory import RunDir
 from pipeline.scheduler.options import leader_lines
 from pipeline.scheduler.state import recorded_state
@@ -189,6 +189,17 @@ def test_a_server_on_its_own_goes_on_without_that_of_a_further_node_and_says_so(
         service.serve_alone(run, demo(), Submission("s1", "slurm", (Job(("serve",)),)), Nodes(2))
     assert said() == f"TRITON_HOST=h1:1/rm; goes on without node 1 ({HOST}): gone"
     assert Meeting(run).word(0)["status"] == "ended"
+
+
+def test_the_server_of_a_killed_task_is_not_left_for_those_that_come_after_the_training(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = endpoint.path(run, 1)
+    monkeypatch.setattr(service, "supervised", lambda *arguments, tick: contextlib.nullcontext())
+    monkeypatch.setattr(service, "run_stage", lambda *arguments: atomic.write_json(left, {}))
+    context = Context(run, demo(), hashing.HashCache(run.root / "cache" / "hashes.json"))
+    service.serve_train(context, "s1", "first run", False, Nodes(2))
+    assert not left.exists()
 
 
 # a further node's task

@@ -62,6 +62,7 @@ def serve_train(context: Context, submission: str, reason: str, forced: bool, no
         # A training that failed is no fault of the server's: only its own errors reach us as UserErrors.
         set_state(run, "serve", submission, "failed" if isinstance(error, UserError) else "stopped", str(error))
         raise
+    endpoint.withdraw(run)  # of a further node whose task was killed: an evaluation must not wait for that server
     set_state(run, "serve", submission, "done", "ended with the training that it served")
 
 
@@ -110,6 +111,7 @@ def serve_alone(run: RunDir, config: Config, submission: Submission, nodes: Node
             if (announced, missing) != before:
                 set_state(run, "serve", submission.id, "running", (announced or "starting tritonserver") + missing)
             time.sleep(0.2)
+    endpoint.withdraw(run)  # as above
     said = "no training came for it" if training.missed else "ended with the training that it served"
     set_state(run, "serve", submission.id, "done", said)
 
