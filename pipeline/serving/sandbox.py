@@ -109,8 +109,9 @@ def open_sandbox(values: Mapping[str, Any], log: Path, tick: procs.Tick = lambda
         yield environment.open_environment(folder, manifest)
         return
     site = Path(values["packages"]) if values.get("packages") else None
+    closes = bool(values.get("closes"))
     if values["engine"] == "docker":
-        yield Docker(values["path"], packages=site)
+        yield Docker(values["path"], packages=site, closes=closes)
         return
     for part in filter(None, (folder, site)):
         if not part.exists():
@@ -120,7 +121,7 @@ def open_sandbox(values: Mapping[str, Any], log: Path, tick: procs.Tick = lambda
         if values.get("unpack_on_node"):
             place = stack.enter_context(tempfile.TemporaryDirectory(prefix="hh-image-", ignore_cleanup_errors=True))
             image = images.unpack(image, Path(place) / "image", log, tick)
-        yield Apptainer(image.file, name=image.engine, packages=site)
+        yield Apptainer(image.file, name=image.engine, packages=site, closes=closes)
 
 
 def _not_here(path: Path) -> UserError:
@@ -202,8 +203,9 @@ def inside_argv(image: images.Image, site: Path | None, writable: bool = False) 
     return exec_argv(image.engine, image.file, binds, gpus=False, own_environment=True)
 
 
-def check_image(inside: list[str], python: str | None) -> dict[str, str]:
-    """Run the image's server and Python once; returns their versions. UserError when they cannot serve.
+def check_image(inside: list[str], python: str | None) -> dict[str, Any]:
+    """Run the image's server and Python once; returns their versions, and whether the server can close parts of its
+    service (`closes`). UserError when they cannot serve.
 
     `python` is the minor version that packages were bound in for; None where the image brings its own.
     """
@@ -212,6 +214,7 @@ def check_image(inside: list[str], python: str | None) -> dict[str, str]:
     if "--model-repository" not in text:  # asked for help, it exits with status 1
         fuse = "; take sandbox.format=sandbox, or sandbox.unpack_on_node=true" if "fuse" in text.lower() else ""
         raise UserError(f"sandbox.image: tritonserver does not run in it: {last_line(text)}{fuse}")
+    closes = "--grpc-restricted-protocol" in text
     version = "import sys; print('%d.%d' % sys.version_info[:2])"
     status, text = procs.capture([*inside, "python3", "-c", version], env=env, timeout_s=_CHECK_S)
     found = text.split()[-1] if status == 0 and text.split() else ""
@@ -227,7 +230,8 @@ def check_image(inside: list[str], python: str | None) -> dict[str, str]:
         remedy = "use sandbox.packages=trainer" if python is None else "take a newer image, or another sandbox.python"
         raise UserError(f"sandbox.image: its Python cannot import torch and transformers: {last_line(text)}; {remedy}")
     status, text = procs.capture([*inside, "printenv", "TRITON_SERVER_VERSION"], env=env, timeout_s=_CHECK_S)
-    return {"python": found, "tritonserver": text.split()[-1] if status == 0 and text.split() else "unknown"}
+    server = text.split()[-1] if status == 0 and text.split() else "unknown"
+    return {"python": found, "tritonserver": server, "closes": closes}
 
 
 def _usable_venv(folder: Path) -> bool:
