@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline import procs
 from pipeline.config.schema import Config
-from pipeline.containers import images, packages
+from pipeline.containers import advisories, images, packages
 from pipeline.containers.command import Bind, choose_engine, docker_argv, exec_argv, exec_environment
 from pipeline.containers.images import Note
 from pipeline.containers.source import parse_source
@@ -70,6 +70,7 @@ def prepare(
         values = _prepare_venv(config, log, note)
     else:
         values = _prepare_container(config, engine, log, note, fresh, fetched or {})
+    _warn_of_holes(values["tritonserver"])
     return {"engine": engine, **values, "seconds": round(time.monotonic() - started, 3)}
 
 
@@ -101,6 +102,7 @@ def open_sandbox(values: Mapping[str, Any], log: Path, tick: procs.Tick = lambda
     With `unpack_on_node` the image is unpacked on this node's own disk first, and removed in the end; `tick` is called
     a few times a second meanwhile.
     """
+    _warn_of_holes(values.get("tritonserver", ""))
     folder = Path(values["path"])
     if values["engine"] == "venv":
         manifest = atomic.read_json(folder / MANIFEST)
@@ -122,6 +124,12 @@ def open_sandbox(values: Mapping[str, Any], log: Path, tick: procs.Tick = lambda
             place = stack.enter_context(tempfile.TemporaryDirectory(prefix="hh-image-", ignore_cleanup_errors=True))
             image = images.unpack(image, Path(place) / "image", log, tick)
         yield Apptainer(image.file, name=image.engine, packages=site, closes=closes)
+
+
+def _warn_of_holes(version: str) -> None:
+    line = advisories.warning(advisories.release_of(version))
+    if line is not None:
+        logger.warning("%s", line)
 
 
 def _not_here(path: Path) -> UserError:
