@@ -46,6 +46,7 @@ def test_a_sealed_store_is_its_owners_to_enter_and_nobodys_to_write(tmp_path: Pa
     before = mode(tmp_path / "weights")
     access.seal(store)
     assert mode(store) == 0o700
+    assert mode(store / "reward-model/1") & 0o022 == 0
     assert mode(store / "reward-model/1/model.py") & 0o222 == 0
     assert mode(tmp_path / "weights") == before  # the source's mode is not ours to change
     shutil.rmtree(store)  # its owner may still remove it

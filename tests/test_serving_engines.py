@@ -107,5 +107,4 @@ def test_venv_puts_its_own_python_and_libraries_first_and_no_foreign_packages() 
         "LD_LIBRARY_PATH": "/c/server-1/libs:/py/lib:/cuda",
         "A": "b",
         "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONDONTWRITEBYTECODE": "1",
     }

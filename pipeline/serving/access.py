@@ -19,8 +19,11 @@ def seal(store: Path) -> None:
     that of the other name too.
     """
     for path in store.rglob("*"):
-        if path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1:
-            path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o222)
+        found = path.lstat()
+        if stat.S_ISDIR(found.st_mode):
+            path.chmod(stat.S_IMODE(found.st_mode) & ~0o022)
+        elif stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+            path.chmod(stat.S_IMODE(found.st_mode) & ~0o222)
     store.chmod(0o700)
 
 

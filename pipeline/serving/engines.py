@@ -21,8 +21,7 @@ _NOT_FOR_A_SERVER = (
 )
 
 _PRIVATELY = ("sh", "-c", 'umask 077; exec "$@"', "sh")
-"""Stands before tritonserver: its socket and its regions in /dev/shm, which hold the texts, are its user's alone. Not
-every engine hands our umask on."""
+"""Stands before tritonserver: what it makes is its user's alone. Not every engine hands our umask on."""
 
 _CLOSED = "--grpc-restricted-protocol=shared-memory,model-repository,trace,logging:Closed=nobody"
 """Closes what no client needs: shared memory, model control, and the settings of traces and logs. What would open it is
@@ -114,7 +113,6 @@ class Venv(Engine):
     def server_env(self, spec: ServerSpec, environ: Mapping[str, str]) -> dict[str, str]:
         env = self.tool_env(environ)
         env["CUDA_VISIBLE_DEVICES"] = ",".join(spec.devices)
-        env["PYTHONDONTWRITEBYTECODE"] = "1"  # the model store is only read
         return {key: value for key, value in env.items() if key not in _NOT_FOR_A_SERVER}
 
     def tool_env(self, environ: Mapping[str, str]) -> dict[str, str]:

@@ -149,6 +149,7 @@ class TritonServer:
             self.stop(grace_s=1.0)
             self.start()
             return False
+        close_regions(self.spec.shm_prefix)
         return wire.is_ready(self.client(), self.address.model, _PROBE_S)
 
     def wait_ready(self, deadline: float) -> None:
@@ -257,6 +258,16 @@ def _is_error(line: str) -> bool:
 def region_prefix(owner: procs.ProcessId) -> str:
     """How the regions of a server are named whose supervisor is `owner`: they can be recognised after its death."""
     return f"triton_hh_{_pid_namespace()}_{owner.pid}_{owner.start}_{uuid.uuid4().hex[:8]}_"
+
+
+def close_regions(prefix: str, folder: Path = _SHARED_MEMORY) -> None:
+    """Keep other users from a server's regions: Triton makes them readable for all, whatever the umask.
+
+    They are made while a model loads; texts are in them once clients know of the server.
+    """
+    for path in folder.glob(f"{prefix}*"):
+        with contextlib.suppress(FileNotFoundError):
+            path.chmod(0o600)
 
 
 def sweep_shared_memory(prefix: str, folder: Path = _SHARED_MEMORY) -> list[str]:
