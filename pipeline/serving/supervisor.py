@@ -100,7 +100,7 @@ class Supervisor:
 
     @property
     def triton_host(self) -> str:
-        """What clients' TRITON_HOST must be; the same after a restart."""
+        """What clients' TRITON_HOST must be; the same after a restart, unless the port was taken meanwhile."""
         return self._server.triton_host
 
     @property
