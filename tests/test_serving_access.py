@@ -64,6 +64,13 @@ def test_what_every_user_may_change_is_not_served(tmp_path: Path, which: str) ->
     access.check(store)
 
 
+def test_what_is_inside_a_closed_store_is_out_of_reach(tmp_path: Path) -> None:
+    store = new_store(tmp_path)
+    (store / "reward-model").chmod(0o777)
+    store.chmod(0o700)
+    access.check(store)
+
+
 def test_a_folder_like_tmp_is_no_danger(tmp_path: Path) -> None:
     store = new_store(tmp_path)
     tmp_path.chmod(0o1777)

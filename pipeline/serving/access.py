@@ -33,7 +33,8 @@ def check(store: Path) -> None:
     The group's right to write is left to those who share a run directory: who may write there, may replace all of it.
     """
     store = store.resolve()
-    for path in (store, *store.rglob("*"), *store.parents):
+    inside = store.rglob("*") if store.stat().st_mode & 0o001 else ()  # else nobody gets at it
+    for path in (store, *inside, *store.parents):
         if not _open_to_all(path):
             continue
         if path in store.parents and path.stat().st_uid != os.getuid():  # not ours to mend
@@ -44,7 +45,10 @@ def check(store: Path) -> None:
 
 def _open_to_all(path: Path) -> bool:
     """Whether others than owner and group may write; in a folder like /tmp they may not replace what is ours."""
-    mode = path.lstat().st_mode
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:  # another server of the store has just renamed it, as Python does with what it compiles
+        return False
     if stat.S_ISLNK(mode) or not mode & 0o002:
         return False
     return not (stat.S_ISDIR(mode) and mode & stat.S_ISVTX)
