@@ -82,7 +82,7 @@ def render_server(run: RunDir, config: Config) -> str:
     _, devices = _shares(config)
     bind = with_bind(config).serving.bind
     address = {"unix": "unix:<socket folder>/rm.sock", "loopback": "127.0.0.1"}.get(bind, "<this node's address>")
-    certificates = run.endpoint.parent / "tls" if bind == "network" else None
+    certificates = None if bind == "unix" else run.endpoint.parent / "tls"
     port = config.serving.grpc_port or 8001
     spec = engines.ServerSpec(run.root / "model_store", address, port, devices, tls=certificates)
     return f"CUDA_VISIBLE_DEVICES={','.join(devices)} {shlex.join(engine.server_argv(spec))}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable
 
@@ -23,7 +24,11 @@ def nearest(word: str, valid: Iterable[str]) -> str:
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's main function; turn a UserError into one line on stderr and exit status 2."""
+    """Run a command's main function; turn a UserError into one line on stderr and exit status 2.
+
+    Nothing that it makes may be written by every user: what lies in a run directory is executed.
+    """
+    os.umask(os.umask(0o077) | 0o002)
     try:
         status = main() or 0
     except UserError as error:

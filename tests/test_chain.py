@@ -151,7 +151,9 @@ def test_a_server_on_its_own_serves_trainings_until_it_is_cancelled(finished: Pa
     assert published is not None
     assert published.triton_host.startswith("127.0.0.1:")
     assert (run / "services" / "triton.json").stat().st_mode & 0o777 == 0o600
-    assert (run / "services" / "triton.env").read_text() == f"export TRITON_HOST={published.triton_host}\n"
+    words = {"TRITON_HOST": published.triton_host, "TRITON_TLS": f"{run}/services/tls"}
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in words.items()]
+    assert (run / "services" / "triton.env").read_text().splitlines() == lines
     cancelled = command("cancel", run)
     assert "cancelled serve" in cancelled.out
     assert endpoint.read(RunDir(run)) is None

@@ -14,7 +14,10 @@ from pipeline.serving.engines import Apptainer, Docker, ServerSpec, Venv
 IMAGE = "docker://nvcr.io/nvidia/tritonserver:22.08-pyt-python-py3"
 UNIX = ServerSpec(Path("/runs/a/model_store"), "unix:/tmp/s/rm.sock", 8001, ("7",), "triton_x_")
 LOOPBACK = ServerSpec(Path("/runs/a/model_store"), "127.0.0.1", 40001, (), "triton_x_")
+PRIVATELY = ["sh", "-c", 'umask 077; exec "$@"', "sh"]
+CLOSED = "--grpc-restricted-protocol=shared-memory,model-repository,trace,logging:Closed=nobody"
 GUARD = [sys.executable, "-m", "pipeline.containers.guard"]
+SECRETS = {"HF_TOKEN": "secret", "WANDB_API_KEY": "secret"}
 COMMON = [
     "--model-control-mode=none",
     "--disable-auto-complete-config",
@@ -35,8 +38,16 @@ def test_apptainer_binds_the_store_read_only_and_the_sockets_folder() -> None:
         *["apptainer", "exec", "--nv", "--cleanenv", "--no-home", "--pwd", "/"],
         *["--bind", "/runs/a/model_store:/model_store:ro", "--bind", "/tmp/s:/tmp/s"],
         *["--bind", "/cache/packages/site:/hh-packages:ro", "/cache/image.sif"],
-        *["tritonserver", "--model-repository=/model_store", *COMMON],
+        *[*PRIVATELY, "tritonserver", "--model-repository=/model_store", *COMMON],
     ]
+
+
+def test_a_server_that_can_close_parts_of_its_service_does_so() -> None:
+    assert Venv(Path("/c/server-1"), ()).server_argv(UNIX)[-1] == CLOSED
+    for engine in (Apptainer("/cache/image.sif", closes=True), Docker(IMAGE, closes=True)):
+        assert engine.server_argv(UNIX)[-1] == CLOSED
+    for old in (Apptainer("/cache/image.sif"), Docker(IMAGE)):  # 22.08 does not know the option, and would not start
+        assert CLOSED not in old.server_argv(UNIX)
 
 
 def test_singularity_differs_by_name_only_and_binds_no_socket_with_tcp() -> None:
@@ -79,7 +90,7 @@ def test_docker_runs_as_the_user_without_a_network() -> None:
         *["--gpus", '"device=7"', "--mount", "type=bind,source=/runs/a/model_store,target=/model_store,readonly"],
         *["--mount", "type=bind,source=/tmp/s,target=/tmp/s"],
         *["--mount", "type=bind,source=/p,target=/hh-packages,readonly", "--env=HH_PIPELINE_PACKAGES=/hh-packages"],
-        *["nvcr.io/nvidia/tritonserver:22.08-pyt-python-py3", "tritonserver"],
+        *["nvcr.io/nvidia/tritonserver:22.08-pyt-python-py3", *PRIVATELY, "tritonserver"],
         *["--model-repository=/model_store", *COMMON],
     ]
     assert "--network=host" in Docker(IMAGE).server_argv(LOOPBACK)
@@ -89,12 +100,15 @@ def test_docker_runs_as_the_user_without_a_network() -> None:
 def test_venv_puts_its_own_python_and_libraries_first_and_no_foreign_packages() -> None:
     engine = Venv(Path("/c/server-1"), (Path("/c/server-1/libs"), Path("/py/lib")))
     argv = engine.server_argv(UNIX)
-    assert argv[:3] == [
+    assert argv[: len(PRIVATELY) + 3] == [
+        *PRIVATELY,
         "/c/server-1/tritonserver",
         "--backend-directory=/c/server-1/backends",
         "--model-repository=/runs/a/model_store",
     ]
-    env = engine.server_env(LOOPBACK, {"PATH": "/bin", "LD_LIBRARY_PATH": "/cuda", "PYTHONPATH": "/x", "A": "b"})
+    env = engine.server_env(
+        LOOPBACK, {"PATH": "/bin", "LD_LIBRARY_PATH": "/cuda", "PYTHONPATH": "/x", "A": "b", **SECRETS}
+    )
     assert env == {
         "PATH": "/c/server-1/bin:/bin",
         "LD_LIBRARY_PATH": "/c/server-1/libs:/py/lib:/cuda",

@@ -212,7 +212,7 @@ def test_a_taken_port_is_noticed_before_anything_starts() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"serving\.grpc_port: {port} cannot be bound"):
-            make_spec(serving_config(bind="loopback", grpc_port=port).serving, Path("/store"), ["7"])
+            make_spec(serving_config(bind="loopback", grpc_port=port).serving, Path("/store"), ["7"], Path("/tls"))
     assert free_port() > 0
 
 

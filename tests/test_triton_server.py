@@ -23,7 +23,7 @@ from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.run import endpoint
 from pipeline.run.directory import RunDir
-from pipeline.serving import wire
+from pipeline.serving import tls, wire
 from pipeline.serving.client import TritonScorer, connect_scorer
 from pipeline.serving.convert import probe_sequences
 from pipeline.serving.engines import Engine
@@ -48,7 +48,9 @@ class Service:
 
     @property
     def address(self) -> wire.Address:
-        return wire.parse_address(self.supervisor.triton_host)
+        published = endpoint.read(self.run)
+        assert published is not None
+        return wire.parse_address(published.triton_host, tls=published.tls)
 
     def scorer(self) -> TritonScorer:
         """A client that finds the server through the run directory."""
@@ -246,7 +248,8 @@ def test_a_store_that_does_not_load_is_one_line(engine: Engine, service: Service
     config = service.run.artifact("convert", "model_store") / "reward-model/config.pbtxt"
     shutil.copy(config, tmp_path / "store/reward-model/config.pbtxt")
     (tmp_path / "store/reward-model/1/model.py").write_text("raise RuntimeError('the weights are gone')\n")
-    spec = make_spec(serving_config(bind="loopback").serving, tmp_path / "store", [])
+    certificates = tls.ensure(tmp_path / "tls")
+    spec = make_spec(serving_config(bind="loopback").serving, tmp_path / "store", [], certificates)
     server = TritonServer(engine, spec, "reward-model", tmp_path / "log", os.environ)
     server.start()
     try:

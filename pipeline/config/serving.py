@@ -38,7 +38,7 @@ class Serving(Section):
     flavour: Literal["python"] = "python"
     """Triton backend that the store is written for."""
     bind: Literal["auto", "unix", "loopback", "network"] = "auto"
-    """A socket in a 0700 folder, TCP on 127.0.0.1, or TCP to other nodes with mutual TLS; "auto" by placement."""
+    """A socket in a 0700 folder, or TCP with mutual TLS: on 127.0.0.1 or to other nodes; "auto" by placement."""
     grpc_port: int = Field(0, ge=0, le=65535)
     """0 takes a free port; another port must be free."""
     dynamic_batching: bool = True

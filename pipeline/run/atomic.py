@@ -180,6 +180,15 @@ def replace_symlink(link: Path, target: Path) -> None:
         os.replace(temporary, link)
 
 
+def private_folder(path: Path) -> Path:
+    """Make `path` a folder that its owner alone may enter, whatever the umask, and even where it was open before."""
+    with disk_errors(path):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o700)
+    return path
+
+
 def sync_directory(path: Path) -> None:
     """Make renames inside `path` durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

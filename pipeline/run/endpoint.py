@@ -44,6 +44,7 @@ class Endpoint:
 
 def publish(run: RunDir, endpoint: Endpoint) -> None:
     """Write the endpoint and, for the first server, the triton.env that a person can `source`."""
+    atomic.private_folder(run.endpoint.parent)
     atomic.write_json(path(run, endpoint.index), asdict(endpoint), mode=0o600)
     if endpoint.index == 0:
         lines = [f"export TRITON_HOST={shlex.quote(endpoint.triton_host)}"]
@@ -87,6 +88,7 @@ def read_all(run: RunDir) -> list[Endpoint]:
 
 def expect(run: RunDir) -> None:
     """Say that the server will come, or come back: its job waits in the queue or runs. To be renewed."""
+    atomic.private_folder(run.endpoint.parent)
     atomic.write_json(_expected_file(run), {"time": time.time()})
 
 

@@ -20,7 +20,7 @@ from pipeline.config.serving import Serving
 from pipeline.errors import UserError, run_command
 from pipeline.run.sources import reward_model_path
 from pipeline.run.work import Progress, parse_work, write_result
-from pipeline.serving import model_store
+from pipeline.serving import access, model_store
 from pipeline.serving.scoring import CODE_VERSION, RewardModel
 from pipeline.training.models import load_reward_model
 
@@ -101,6 +101,7 @@ def convert(
         answer_tolerance=allowed,
     )
     model_store.write_manifest(store, manifest)
+    access.seal(store)
     report(3, "done")
     return manifest
 

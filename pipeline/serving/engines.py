@@ -18,6 +18,17 @@ STORE_IN_CONTAINER = "/model_store"
 TLS_IN_CONTAINER = "/hh-tls"
 
 _FOREIGN_PYTHON = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
+_NOT_FOR_A_SERVER = (
+    *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"),
+    "AIP_MODE",  # a value of it opens Vertex AI's HTTP port on every address
+)
+
+_PRIVATELY = ("sh", "-c", 'umask 077; exec "$@"', "sh")
+"""Stands before tritonserver: what it makes is its user's alone. Not every engine hands our umask on."""
+
+_CLOSED = "--grpc-restricted-protocol=shared-memory,model-repository,trace,logging:Closed=nobody"
+"""Closes what no client needs: shared memory, model control, and the settings of traces and logs. What would open it is
+a header with an upper-case letter in its name, which HTTP/2 does not carry: there is no secret that `ps` could show."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,8 @@ class ServerSpec:
     """How the server's regions in /dev/shm are named, so that they can be swept when it was killed."""
     tls: Path | None = None
     """Folder of the certificates (see `pipeline.serving.tls`); None: no TLS."""
+    fixed_port: bool = False
+    """Whether no other port will do."""
     drain_s: int = 30
     verbose: int = 0
 
@@ -43,8 +56,11 @@ class ServerSpec:
         return Path(self.grpc_address.removeprefix("unix:")).parent if self.grpc_address.startswith("unix:") else None
 
 
-def server_flags(spec: ServerSpec) -> list[str]:
-    """tritonserver's arguments: gRPC only, one fixed model, no configuration guessing, no HTTP, no metrics port."""
+def server_flags(spec: ServerSpec, closes: bool) -> list[str]:
+    """tritonserver's arguments: gRPC only, one fixed model, no configuration guessing, no HTTP, no metrics port.
+
+    `closes`: the server knows the option that closes parts of its gRPC service (from release 23.04 on).
+    """
     return [
         f"--model-repository={spec.model_repository}",
         "--model-control-mode=none",
@@ -57,6 +73,7 @@ def server_flags(spec: ServerSpec) -> list[str]:
         f"--exit-timeout-secs={spec.drain_s}",
         "--log-format=ISO8601",
         f"--log-verbose={spec.verbose}",
+        *([_CLOSED] if closes else []),
         *_tls_flags(spec.tls),
     ]
 
@@ -99,16 +116,13 @@ class Venv(Engine):
     name: str = "venv"
 
     def server_argv(self, spec: ServerSpec) -> list[str]:
-        return [
-            str(self.path / "tritonserver"),
-            f"--backend-directory={self.path / 'backends'}",
-            *server_flags(spec),
-        ]
+        program = [str(self.path / "tritonserver"), f"--backend-directory={self.path / 'backends'}"]
+        return [*_PRIVATELY, *program, *server_flags(spec, closes=True)]
 
     def server_env(self, spec: ServerSpec, environ: Mapping[str, str]) -> dict[str, str]:
         env = self.tool_env(environ)
         env["CUDA_VISIBLE_DEVICES"] = ",".join(spec.devices)
-        return env
+        return {key: value for key, value in env.items() if key not in _NOT_FOR_A_SERVER}
 
     def tool_env(self, environ: Mapping[str, str]) -> dict[str, str]:
         """The environment in which the server's programs find their own libraries and Python, and no others."""
@@ -129,10 +143,12 @@ class Apptainer(Engine):
     name: str = "apptainer"
     packages: Path | None = None
     """Folder of Python packages that are bound in beside the image's own."""
+    closes: bool = False
+    """See `server_flags`."""
 
     def server_argv(self, spec: ServerSpec) -> list[str]:
         start = exec_argv(self.name, self.image, _binds(spec, self.packages), bool(spec.devices), own_environment=True)
-        return guarded([*start, "tritonserver", *server_flags(_inside(spec))])
+        return guarded([*start, *_PRIVATELY, "tritonserver", *server_flags(_inside(spec), self.closes)])
 
     def server_env(self, spec: ServerSpec, environ: Mapping[str, str]) -> dict[str, str]:
         inside = {"CUDA_VISIBLE_DEVICES": ",".join(spec.devices), **_packages_variable(self.packages)}
@@ -148,6 +164,7 @@ class Docker(Engine):
     user: str = ""
     """"uid:gid"; empty takes the calling process's."""
     packages: Path | None = None
+    closes: bool = False
 
     def server_argv(self, spec: ServerSpec) -> list[str]:
         user = self.user or f"{os.getuid()}:{os.getgid()}"
@@ -156,7 +173,8 @@ class Docker(Engine):
         )
         options = [f"--env={key}={value}" for key, value in _packages_variable(self.packages).items()]
         options += docker.identity(self._name(spec))
-        return guarded([*start[:-1], *options, start[-1], "tritonserver", *server_flags(_inside(spec))])
+        program = [*_PRIVATELY, "tritonserver", *server_flags(_inside(spec), self.closes)]
+        return guarded([*start[:-1], *options, start[-1], *program])
 
     def server_env(self, spec: ServerSpec, environ: Mapping[str, str]) -> dict[str, str]:
         return dict(environ)  # the container's own environment comes from its image and from --gpus

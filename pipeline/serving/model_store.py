@@ -10,6 +10,7 @@ model_store/
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -190,10 +191,11 @@ def _files_sha256(files: list[Path]) -> str:
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)
+    if not source.stat().st_mode & 0o002:  # else every user could change the weights by their other name
+        with contextlib.suppress(OSError):  # another file system, or one without hard links
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)
 
 
 def _convert(source: Path, target: Path, dtype: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline import procs
 from pipeline.config.schema import Config
-from pipeline.containers import images, packages
+from pipeline.containers import advisories, images, packages
 from pipeline.containers.command import Bind, choose_engine, docker_argv, exec_argv, exec_environment
 from pipeline.containers.images import Note
 from pipeline.containers.source import Source, parse_source
@@ -72,6 +72,7 @@ def prepare(
         values = _prepare_venv(config, log, note)
     else:
         values = _prepare_container(config, engine, log, note, fresh, fetched or {})
+    _warn_of_holes(values["tritonserver"])
     return {"engine": engine, **values, "seconds": round(time.monotonic() - started, 3)}
 
 
@@ -145,6 +146,7 @@ def open_sandbox(values: Mapping[str, Any], log: Path, tick: procs.Tick = lambda
     With `unpack_on_node` the image is unpacked on this node's own disk first, and removed in the end; `tick` is called
     a few times a second meanwhile.
     """
+    _warn_of_holes(values.get("tritonserver", ""))
     folder = Path(values["path"])
     if values["engine"] == "venv":
         manifest = atomic.read_json(folder / MANIFEST)
@@ -153,8 +155,9 @@ def open_sandbox(values: Mapping[str, Any], log: Path, tick: procs.Tick = lambda
         yield environment.open_environment(folder, manifest)
         return
     site = Path(values["packages"]) if values.get("packages") else None
+    closes = bool(values.get("closes"))
     if values["engine"] == "docker":
-        yield Docker(values["path"], packages=site)
+        yield Docker(values["path"], packages=site, closes=closes)
         return
     for part in filter(None, (folder, site)):
         if not part.exists():
@@ -166,7 +169,13 @@ def open_sandbox(values: Mapping[str, Any], log: Path, tick: procs.Tick = lambda
             prefix = f"{_UNPACKED}{owner.mark(procs.this_process())}"
             place = stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True))
             image = images.unpack(image, Path(place) / "image", log, tick)
-        yield Apptainer(image.file, name=image.engine, packages=site)
+        yield Apptainer(image.file, name=image.engine, packages=site, closes=closes)
+
+
+def _warn_of_holes(version: str) -> None:
+    line = advisories.warning(advisories.release_of(version))
+    if line is not None:
+        logger.warning("%s", line)
 
 
 def _not_here(path: Path) -> UserError:
@@ -247,8 +256,9 @@ def inside_argv(image: images.Image, site: Path | None, writable: bool = False) 
     return exec_argv(image.engine, image.file, binds, gpus=False, own_environment=True)
 
 
-def check_image(inside: list[str], python: str | None) -> dict[str, str]:
-    """Run the image's server and Python once; returns their versions. UserError when they cannot serve.
+def check_image(inside: list[str], python: str | None) -> dict[str, Any]:
+    """Run the image's server and Python once; returns their versions, and whether the server can close parts of its
+    service (`closes`). UserError when they cannot serve.
 
     `python` is the minor version that packages were bound in for; None where the image brings its own.
     """
@@ -257,6 +267,7 @@ def check_image(inside: list[str], python: str | None) -> dict[str, str]:
     if "--model-repository" not in text:  # asked for help, it exits with status 1
         fuse = "; take sandbox.format=sandbox, or sandbox.unpack_on_node=true" if "fuse" in text.lower() else ""
         raise UserError(f"sandbox.image: tritonserver does not run in it: {last_line(text)}{fuse}")
+    closes = "--grpc-restricted-protocol" in text
     version = "import sys; print('%d.%d' % sys.version_info[:2])"
     status, text = procs.capture([*inside, "python3", "-c", version], env=env, timeout_s=_CHECK_S)
     found = text.split()[-1] if status == 0 and text.split() else ""
@@ -272,7 +283,8 @@ def check_image(inside: list[str], python: str | None) -> dict[str, str]:
         remedy = "use sandbox.packages=trainer" if python is None else "take a newer image, or another sandbox.python"
         raise UserError(f"sandbox.image: its Python cannot import torch and transformers: {last_line(text)}; {remedy}")
     status, text = procs.capture([*inside, "printenv", "TRITON_SERVER_VERSION"], env=env, timeout_s=_CHECK_S)
-    return {"python": found, "tritonserver": text.split()[-1] if status == 0 and text.split() else "unknown"}
+    server = text.split()[-1] if status == 0 and text.split() else "unknown"
+    return {"python": found, "tritonserver": server, "closes": closes}
 
 
 def _venv_name(pins: list[str]) -> str:

@@ -21,7 +21,7 @@ from pipeline import network, procs
 from pipeline.config.serving import Serving
 from pipeline.errors import UserError
 from pipeline.run import owner
-from pipeline.serving import wire
+from pipeline.serving import access, wire
 from pipeline.serving.engines import Engine, ServerSpec
 from pipeline.serving.model_store import Manifest
 
@@ -32,6 +32,8 @@ _SOCKET_PATH_LIMIT = 107  # bytes in sockaddr_un, less the final zero
 _SHARED_MEMORY = Path("/dev/shm")
 _REGION = re.compile(r"triton_hh_(?P<namespace>\d+)_(?P<pid>\d+)_(?P<start>\d+)_")
 _PROBE_S = 2.0
+_PORTS = 5
+"""Ports that are tried, where any will do and others take them while the server starts."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,17 +43,15 @@ def make_spec(
 ) -> ServerSpec:
     """Decide where a server listens: a socket in a new 0700 folder, or a port of this node that is free now.
 
-    `tls` is the folder of the certificates that a server needs which other nodes can reach.
+    `tls` is the folder of the certificates, without which no port is opened: other users reach it, on loopback too.
     Raises UserError when `serving.grpc_port` is taken: tritonserver itself would say so only after loading the model.
     """
     prefix = region_prefix(procs.this_process())
-    if serving.bind == "network":
-        assert tls is not None, "a server that other nodes can reach asks for a certificate"
-        address = network.node_address(interface)
-        port = free_port(serving.grpc_port, address)
-        return ServerSpec(store, address, port, tuple(devices), shm_prefix=prefix, tls=tls)
-    if serving.bind == "loopback":
-        return ServerSpec(store, "127.0.0.1", free_port(serving.grpc_port), tuple(devices), shm_prefix=prefix)
+    if serving.bind in ("loopback", "network"):
+        assert tls is not None, "who can reach a port is asked for a certificate"
+        address = "127.0.0.1" if serving.bind == "loopback" else network.node_address(interface)
+        port, fixed = free_port(serving.grpc_port, address), serving.grpc_port != 0
+        return ServerSpec(store, address, port, tuple(devices), shm_prefix=prefix, tls=tls, fixed_port=fixed)
     address, port = f"unix:{_socket_folder() / 'rm.sock'}", serving.grpc_port or SOCKET_PORT
     return ServerSpec(store, address, port, tuple(devices), shm_prefix=prefix)
 
@@ -90,6 +90,7 @@ class TritonServer:
         self._process: procs.Child | None = None
         self._client: triton.InferenceServerClient | None = None
         self._log_start = 0
+        self._ports_lost = 0
         self._link_folder: Path | None = None
 
     @property
@@ -103,9 +104,13 @@ class TritonServer:
         return self._running().pid
 
     def start(self) -> None:
-        """Start the process; it listens only once its model is loaded."""
+        """Start the process; it listens only once its model is loaded. Its address may be another than before.
+
+        UserError when other users can change what it would serve, or when the port that it must have is taken.
+        """
         if self._process is not None:
             raise RuntimeError("the server was started already")
+        access.check(self.spec.model_repository)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         sweep_shared_memory(self.spec.shm_prefix)  # of earlier servers whose whole job was killed
         self.engine.sweep()
@@ -113,7 +118,7 @@ class TritonServer:
             self.spec.socket_folder.mkdir(mode=0o700, exist_ok=True)
             self._socket().unlink(missing_ok=True)  # of a server that was killed
         else:
-            free_port(self.spec.grpc_port, self.spec.grpc_address)
+            self._take_port()
         spec = self._plain_spec()
         argv, env = self.engine.server_argv(spec), self.engine.server_env(spec, self._env)
         with self.log_path.open("ab") as log:
@@ -133,10 +138,20 @@ class TritonServer:
         return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}: {self.last_error()}"
 
     def ready(self) -> bool:
-        """Whether the model is loaded. UserError when the process has ended instead."""
+        """Whether the model is loaded. UserError when the process has ended instead.
+
+        One that lost its port to another process while it loaded is started again with another, where any will do.
+        """
         fault = self.ended()
         if fault is not None:
-            raise UserError(f"tritonserver {fault} (log: {self.log_path})")
+            if not self._lost_port():
+                raise UserError(f"tritonserver {fault} (log: {self.log_path})")
+            logger.warning("port %d was taken by another process; starting with another", self.spec.grpc_port)
+            self._ports_lost += 1
+            self.stop(grace_s=1.0)
+            self.start()
+            return False
+        close_regions(self.spec.shm_prefix)
         return wire.is_ready(self.client(), self.address.model, _PROBE_S)
 
     def wait_ready(self, deadline: float) -> None:
@@ -212,6 +227,20 @@ class TritonServer:
         link.symlink_to(self.spec.model_repository)
         return replace(self.spec, model_repository=link)
 
+    def _take_port(self) -> None:
+        """See that the port is still free; where any will do, take another if it is not."""
+        try:
+            network.free_port(self.spec.grpc_address, self.spec.grpc_port)
+        except OSError:
+            port = free_port(self.spec.grpc_port if self.spec.fixed_port else 0, self.spec.grpc_address)
+            self.spec = replace(self.spec, grpc_port=port)
+            self.address = replace(self.address, url=f"{self.spec.grpc_address}:{port}")
+
+    def _lost_port(self) -> bool:
+        """Whether the process ended because its port was taken meanwhile, and another will do."""
+        movable = self.spec.socket_folder is None and not self.spec.fixed_port
+        return movable and self._ports_lost < _PORTS and "already in use" in self.last_error()
+
     def _socket(self) -> Path:
         return Path(self.address.url.removeprefix("unix:"))
 
@@ -233,6 +262,16 @@ def region_prefix(supervisor: procs.ProcessId) -> str:
     """How the regions of a server with that supervisor are named: they can be recognised after its death."""
     name = f"{owner.pid_namespace()}_{supervisor.pid}_{supervisor.start}"
     return f"triton_hh_{name}_{uuid.uuid4().hex[:8]}_"
+
+
+def close_regions(prefix: str, folder: Path = _SHARED_MEMORY) -> None:
+    """Keep other users from a server's regions: Triton makes them readable for all, whatever the umask.
+
+    They are made while a model loads; texts are in them once clients know of the server.
+    """
+    for path in folder.glob(f"{prefix}*"):
+        with contextlib.suppress(FileNotFoundError):
+            path.chmod(0o600)
 
 
 def sweep_shared_memory(prefix: str, folder: Path = _SHARED_MEMORY) -> list[str]:

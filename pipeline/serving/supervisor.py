@@ -53,7 +53,7 @@ def supervise(
     """
     store = run.artifact("convert", "model_store")
     manifest = read_manifest(store)
-    certificates = tls.ensure(run.endpoint.parent / "tls") if config.serving.bind == "network" else None
+    certificates = tls.ensure(run.endpoint.parent / "tls") if config.serving.bind in ("loopback", "network") else None
     spec = make_spec(config.serving, store, devices, certificates, config.cluster.interface)
     env = {**os.environ, "OMP_NUM_THREADS": str(config.serving.num_threads)}
     server = TritonServer(engine, spec, manifest.model_name, log_path, env)
@@ -100,7 +100,7 @@ class Supervisor:
 
     @property
     def triton_host(self) -> str:
-        """What clients' TRITON_HOST must be; the same after a restart."""
+        """What clients' TRITON_HOST must be; the same after a restart, unless the port was taken meanwhile."""
         return self._server.triton_host
 
     @property

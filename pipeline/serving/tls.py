@@ -6,6 +6,7 @@ Another user of the cluster who reaches the port has no client certificate, and 
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import shutil
 import uuid
@@ -23,14 +24,18 @@ _VALID = datetime.timedelta(days=365)
 _RENEW = datetime.timedelta(days=60)
 """Certificates with less time left than this are made anew, longer than any job may run."""
 
+logger = logging.getLogger(__name__)
+
 
 def ensure(folder: Path) -> Path:
     """Make `folder` (0700) with ca.pem, server.pem, server.key, client.pem and client.key, unless they are there.
 
     Made beside and renamed: a folder that exists is complete. Two servers that begin at once agree on one of theirs.
+    Keys that others could read meanwhile are made anew.
     """
+    atomic.private_folder(folder.parent)
     if (folder / "ca.pem").exists():
-        if _expiry(folder) - _now() > _RENEW:
+        if _expiry(folder) - _now() > _RENEW and not _seen(folder):
             return folder
         shutil.rmtree(folder)
     making = folder.with_name(f".{folder.name}.{os.uname().nodename}.{uuid.uuid4().hex[:8]}")
@@ -89,6 +94,14 @@ def _certificate(
 
 def _write(path: Path, data: bytes) -> None:
     atomic.write_bytes(path, data, mode=0o600)
+
+
+def _seen(folder: Path) -> bool:
+    """Whether others may read the keys: somebody has opened the run directory to them."""
+    loose = [path for path in folder.glob("*.key") if path.stat().st_mode & 0o077]
+    if loose:
+        logger.warning("%s: other users could read it; all certificates of this run are made anew", loose[0])
+    return bool(loose)
 
 
 def _expiry(folder: Path) -> datetime.datetime:

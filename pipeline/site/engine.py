@@ -12,9 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.config.schema import Config
+from pipeline.containers import advisories
 from pipeline.containers.command import ENGINES, choose_engine
 from pipeline.errors import UserError
 from pipeline.serving import environment
+from pipeline.site import images
 from pipeline.site.ask import Answer, ask, together
 from pipeline.site.findings import Finding, Level
 
@@ -85,6 +87,10 @@ def judge(facts: EngineFacts, config: Config, inside_job: bool = False) -> list[
     name = wanted(config, facts)
     if name == "none":
         return [_finding("ok", "sandbox.engine: none: no server is started")]
+    return [*_judge_choice(name, facts, config, inside_job), *_judge_release(name, config)]
+
+
+def _judge_choice(name: str, facts: EngineFacts, config: Config, inside_job: bool) -> list[Finding]:
     if config.sandbox.engine != "auto":
         chosen = f"{name} (sandbox.engine)"
     else:
@@ -146,6 +152,16 @@ def _judge_venv(facts: EngineFacts, chosen: str) -> Finding:
         what = f"{chosen}: its server needs glibc 2.35, and this machine has {facts.libc}"
         return _finding("fail", what, "use a container engine")
     return _finding("ok", f"{chosen}: tritonserver in a virtual environment; Python and {facts.libc} suit it")
+
+
+def _judge_release(name: str, config: Config) -> list[Finding]:
+    """Known holes of the server that will be taken, as far as an image's name says which one it is."""
+    if name == "venv":
+        release = advisories.release_of(environment.SERVER_VERSION)
+    else:
+        release = images.release_of(config.sandbox.image)
+    line = advisories.warning(release)
+    return [_finding("warn", line, f"take an image of {advisories.text(advisories.FIXED)} or later")] if line else []
 
 
 def _judge_privileges(name: str, answer: Answer, facts: EngineFacts) -> list[Finding]:

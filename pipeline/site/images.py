@@ -51,7 +51,7 @@ _TYPES = {
 _NOT_DATA_CENTRE = re.compile(r"geforce|titan|quadro|rtx (?!pro)|nvs", re.IGNORECASE)
 
 
-def release_of(image: str) -> Version | None:
+def release_of(image: str) -> tuple[int, int] | None:
     """(22, 8) of ".../tritonserver:22.08-py3"; None where the image is no release of NVIDIA's."""
     match = re.search(r"tritonserver:(\d\d)\.(\d\d)", image)
     return (int(match[1]), int(match[2])) if match else None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import Config
+from pipeline.containers import advisories
 from pipeline.containers.command import choose_engine
 from pipeline.containers.source import content_digest, parse_source
 from pipeline.run.directory import Outputs
@@ -51,7 +52,9 @@ class Sandbox(Stage):
     def headline(self, values: dict[str, Any]) -> str:
         made = "built" if values.get("built") else "found in the cache"
         digest = f", {values['digest'][:19]}" if values.get("digest") else ""
-        return f"tritonserver {values.get('tritonserver', '')} ({values.get('engine', '')}{digest}, {made})"
+        version = values.get("tritonserver", "")
+        holes = ", with known holes" if advisories.missing_fixes(advisories.release_of(version)) else ""
+        return f"tritonserver {version}{holes} ({values.get('engine', '')}{digest}, {made})"
 
 
 def image_settings(context: Context) -> dict[str, Any]:

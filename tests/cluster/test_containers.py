@@ -112,6 +112,7 @@ def test_the_chain_with_a_sandbox_from_a_registry_gives_the_weights_of_the_chain
     assert policy_sha256(contained) == policy_sha256(finished)
     sandbox = RunDir(contained).values("sandbox")
     assert (sandbox["engine"], sandbox["tritonserver"], sandbox["python"]) == ("singularity", "2.51.0", "3.11")
+    assert sandbox["closes"]  # its server knows how to close what no client needs
     assert sandbox["digest"] == json.loads((layout / "index.json").read_text())["manifests"][0]["digest"]
     assert Path(sandbox["path"]) == site.folder / "cache" / "images" / f"{sandbox['digest'][7:23]}-sandbox" / "image"
     assert (Path(sandbox["path"]) / "opt" / "tritonserver").is_dir()

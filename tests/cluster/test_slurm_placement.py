@@ -52,6 +52,14 @@ def test_a_server_in_its_own_job_moves_to_another_node_and_the_training_goes_on(
     status = command("status", run).out
     assert "ended with the training that it served" in status
     wait_for(lambda: nothing_left(run), "every process to end", 20)
+    assert holders_of_keys(run) == {run / "services/tls/server.key", run / "services/tls/client.key"}
+
+
+def holders_of_keys(run: Path) -> set[Path]:
+    """The run's files, logs and trackers among them, in which a line of a private key stands."""
+    keys = [(run / "services" / "tls" / f"{role}.key").read_bytes().splitlines()[1:-1] for role in ("server", "client")]
+    files = [path for path in run.rglob("*") if path.is_file() and not path.is_symlink()]
+    return {path for path in files if any(line in path.read_bytes() for key in keys for line in key)}
 
 
 def before_is(run: Path, before: endpoint.Endpoint) -> bool:
