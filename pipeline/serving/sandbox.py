@@ -128,8 +128,12 @@ def lost(config: Config, fetched: Mapping[str, Any], built: Mapping[str, Any]) -
 
 
 def needs_wheels(config: Config) -> bool:
-    """Whether prefetch fetches the packages of engine `venv`: only where its sandbox is built without a network."""
-    return not config.cluster.reaches_internet and "sandbox" not in config.cluster.on_login_node
+    """Whether prefetch fetches the packages of engine `venv`: where it may run with a network, and sandbox without.
+
+    Elsewhere both run on the same machine, or where the network reaches, and sandbox need not wait for prefetch.
+    """
+    cluster = config.cluster
+    return cluster.executor == "slurm" and not cluster.reaches_internet and "sandbox" not in cluster.on_login_node
 
 
 def _as_fetched(source: Source, fetched: Mapping[str, Any]) -> Source:
