@@ -5,6 +5,8 @@ EXTRAS ?=
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready$(if $(EXTRAS),-$(EXTRAS))
 COMMA := ,
+# Test files that run at the same time. Many tests wait for other programs, so two do on two cores.
+WORKERS ?= 2
 
 .PHONY: setup demo test lint clean
 .DELETE_ON_ERROR:
@@ -29,7 +31,7 @@ lint: $(READY)
 	$(PY) -m mypy
 
 test: lint
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

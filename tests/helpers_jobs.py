@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from pytest import MonkeyPatch
 
 from pipeline import procs
 from pipeline.run.directory import RunDir
+from pipeline.serving import server
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -147,16 +147,14 @@ def pids_running(run: Path, *words: str) -> list[int]:
 
 def nothing_left(run: Path) -> bool:
     """Whether no process of the run lives, and no server left shared memory behind that nobody maps."""
-    return not procs.marked_pids(run) and not orphaned_regions(run.stat().st_uid)
+    return not procs.marked_pids(run) and not orphaned_regions(run)
 
 
-def orphaned_regions(user: int) -> list[str]:
-    """Shared memory that no process maps, of a user's servers that were started since these tests were."""
-    began, regions = procs.this_process().start, set()
-    for path in Path("/dev/shm").glob("triton_hh_*"):
-        with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_uid == user and int(path.name.split("_")[4]) >= began:  # its supervisor's start
-                regions.add(str(path))
+def orphaned_regions(run: Path) -> list[str]:
+    """Shared memory that no process maps, of the run's servers."""
+    stores = (run / "stages" / "convert" / "attempts").glob("*/out/model_store")
+    marks = {server.store_mark(store) for store in stores}
+    regions = {str(path) for path in Path("/dev/shm").glob("triton_hh_*") if path.name.split("_")[5] in marks}
     for maps in Path("/proc").glob("[0-9]*/maps") if regions else ():
         try:
             text = maps.read_text()

@@ -233,10 +233,10 @@ def test_the_socket_is_in_a_folder_that_only_we_can_enter(tmp_path: Path, monkey
 def test_only_own_regions_and_those_of_dead_supervisors_are_swept(tmp_path: Path) -> None:
     import mmap
 
-    here = procs.this_process()
-    alive, own = region_prefix(here), region_prefix(here)
-    reused = region_prefix(replace(here, start=here.start + 1))  # the pid now belongs to another process
-    gone = region_prefix(replace(here, pid=2**22 + 1))  # above the kernel's largest pid
+    here, store = procs.this_process(), Path("/a/store")
+    alive, own = region_prefix(here, store), region_prefix(here, store)
+    reused = region_prefix(replace(here, start=here.start + 1), store)  # the pid now belongs to another process
+    gone = region_prefix(replace(here, pid=2**22 + 1), store)  # above the kernel's largest pid
     elsewhere = gone.replace(gone.split("_")[2], "1")  # of a container whose processes cannot be seen
     kept = [f"{own}mapped", f"{alive}1", f"{elsewhere}1", "triton_python_backend_shm_region_1", "else"]
     for name in (*kept, f"{own}1", f"{reused}1", f"{gone}1"):

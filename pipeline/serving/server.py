@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import re
@@ -46,7 +47,7 @@ def make_spec(
     `tls` is the folder of the certificates, without which no port is opened: other users reach it, on loopback too.
     Raises UserError when `serving.grpc_port` is taken: tritonserver itself would say so only after loading the model.
     """
-    prefix = region_prefix(procs.this_process())
+    prefix = region_prefix(procs.this_process(), store)
     if serving.bind in ("loopback", "network"):
         assert tls is not None, "who can reach a port is asked for a certificate"
         address = "127.0.0.1" if serving.bind == "loopback" else network.node_address(interface)
@@ -258,10 +259,15 @@ def _is_error(line: str) -> bool:
     return " E " in line[:40] or line.lower().startswith("error")
 
 
-def region_prefix(supervisor: procs.ProcessId) -> str:
-    """How the regions of a server with that supervisor are named: they can be recognised after its death."""
-    name = f"{owner.pid_namespace()}_{supervisor.pid}_{supervisor.start}"
+def region_prefix(supervisor: procs.ProcessId, store: Path) -> str:
+    """How the regions of a server with that supervisor and store are named: known after the death of both."""
+    name = f"{owner.pid_namespace()}_{supervisor.pid}_{supervisor.start}_{store_mark(store)}"
     return f"triton_hh_{name}_{uuid.uuid4().hex[:8]}_"
+
+
+def store_mark(store: Path) -> str:
+    """What the regions' names say of a model store."""
+    return hashlib.sha256(str(store.resolve()).encode()).hexdigest()[:8]
 
 
 def close_regions(prefix: str, folder: Path = _SHARED_MEMORY) -> None:
