@@ -28,6 +28,14 @@ SMALL: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "intermediate_size": 64,
     },
+    "mistral": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+    },
+    "opt": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 64},
 }
 """Model types and sizes; positions are 128 for all."""
 

@@ -121,7 +121,7 @@ def _resized(config: PretrainedConfig, where: Path, weights: Weights, wanted: Ar
 
 
 def _place_tokenizer(folder: Path, base: Path | None, target: Path, rows: int) -> None:
-    """Copy the checkpoint's tokenizer, or else its base model's, and see that the model has all of its ids."""
+    """Copy the checkpoint's tokenizer, or else its base model's, and see that the model has the ids that it gives."""
     from transformers import AutoTokenizer
 
     owner = next((one for one in (folder, base) if one is not None and _has_tokenizer(one)), None)
@@ -135,7 +135,9 @@ def _place_tokenizer(folder: Path, base: Path | None, target: Path, rows: int) -
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200].replace(str(target), str(owner))
         raise UserError(f"{owner}: its tokenizer cannot be loaded ({reason}); save it again") from error
-    last = max(tokenizer.get_vocab().values(), default=-1)
+    # Special tokens that were added beside the vocabulary, as for padding, never stand in what is scored; EOS does.
+    unused = set(tokenizer.get_added_vocab()) - {tokenizer.eos_token}
+    last = max((index for token, index in tokenizer.get_vocab().items() if token not in unused), default=-1)
     if last >= rows:
         raise UserError(
             f"{owner}: its tokenizer has ids up to {last}, the model's embeddings only {rows} rows; take the "

@@ -133,11 +133,9 @@ def _why(error: Exception) -> str:
     text = str(error)
     if "TorchScript" in text:
         return "is a TorchScript program"
-    if "Weights only load failed" in text:
-        needed = _GLOBAL.search(text)
-        what = f" ({needed[1]})" if needed else ""
-        return f"is a pickle that needs more than tensors{what}, and its code is not run"
-    return f"is not a file of torch.save ({type(error).__name__})"
+    if (needed := _GLOBAL.search(text)) is not None:
+        return f"is a pickle that needs more than tensors ({needed[1]}), and its code is not run"
+    return "is not a whole file of torch.save"
 
 
 def save_tensors(folder: Path, tensors: Mapping[str, Lazy], shard_bytes: int = SHARD_BYTES) -> None:
