@@ -76,7 +76,7 @@ def standing_in() -> Iterator[StandInHub]:
 
         def _commits(self, repository: str, body: bool) -> None:
             of = [
-                {"id": name, "title": "", "authors": [], "date": "2023-01-16T00:00:00.000Z"}
+                {"id": name, "title": "", "message": "", "authors": [], "date": "2023-01-16T00:00:00.000Z"}
                 for name, _ in reversed(hub.repositories.get(repository, []))
             ]
             return self._send(200, json.dumps(of).encode(), body)

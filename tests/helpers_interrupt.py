@@ -3,7 +3,7 @@
     python helpers_interrupt.py MODEL MODEL OUT
 
 Prints what was found after each as one line of JSON. A process of its own, since it forks: conversions then start at
-once, with torch loaded and no threads.
+once, with everything loaded and no threads.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -20,23 +21,12 @@ from typing import Any
 import torch
 
 from pipeline import convert
-from pipeline.serving import convert as _loaded  # noqa: F401: what the command would import
+from pipeline.run import atomic
 from pipeline.serving import model_store
 
-CHANGES = {
-    "os.rename",
-    "os.link",
-    "os.remove",
-    "os.mkdir",
-    "os.rmdir",
-    "os.symlink",
-    "shutil.rmtree",
-    "tempfile.mkdtemp",
-}
-AROUND = 9
-"""The last so many changes are each tried: among them are the exchange and the removal of the old store."""
-BEFORE = 9
-"""So many of those before are tried, evenly spaced."""
+CHANGES = {"os.rename", "os.link", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
+SPREAD = 10
+"""So many moments before the exchange are tried."""
 
 
 class Killer:
@@ -45,6 +35,9 @@ class Killer:
     def __init__(self, at: int | None) -> None:
         self.at = at
         self.seen = 0
+        self.exchanged = 0
+        """The number of changes before the new store took the old one's place."""
+        self.exchange = atomic._exchange
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         written = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
@@ -53,24 +46,34 @@ class Killer:
             if self.seen == self.at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    def watch_exchange(self, one: Path, other: Path) -> bool:
+        self.exchanged = self.seen
+        return self.exchange(one, other)
 
-def conversion(source: str, out: Path, at: int | None = None) -> int:
-    """Convert in a child that dies at its change number `at`; return its changes, or -1 when it was killed."""
+
+def run(source: str, out: Path) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        convert.main(["--checkpoint", source, "--out", str(out), "--dtype", "float32", "--max-length", "16"])
+
+
+def conversion(source: str, out: Path, at: int | None = None) -> tuple[int, int] | None:
+    """Convert in a child that dies at its change number `at`; return the changes in all and those before the
+    exchange, or None when it was killed."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         killer = Killer(at)
+        setattr(atomic, "_exchange", killer.watch_exchange)  # noqa: B010
         sys.addaudithook(killer)
-        with contextlib.redirect_stdout(io.StringIO()):
-            convert.main(["--checkpoint", source, "--out", str(out), "--dtype", "float32", "--max-length", "16"])
-        os.write(writer, str(killer.seen).encode())
+        run(source, out)
+        os.write(writer, json.dumps([killer.seen, killer.exchanged]).encode())
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as pipe:
         text = pipe.read()
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) == (not text), status
-    return int(text or -1)
+    return tuple(json.loads(text)) if text else None
 
 
 def identity(store: Path) -> str:
@@ -84,28 +87,38 @@ def identity(store: Path) -> str:
     return manifest.identity
 
 
+def leftovers(out: Path) -> list[Path]:
+    return [path for path in out.parent.iterdir() if path != out]
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def main() -> None:
     sources, out = sys.argv[1:3], Path(sys.argv[3])
     torch.set_num_threads(1)
-    changes, identities = [], []
-    for source in sources:
-        changes.append(conversion(source, out))
-        identities.append(identity(out))
-    total = changes[1]  # the second one replaced a store
-    moments = [1 + number * (total - AROUND) // BEFORE for number in range(BEFORE)]
-    moments += range(total - AROUND, total + 1)
+    run(sources[0], out)
+    identities = [identity(out)]
+    changes = conversion(sources[1], out)
+    identities.append(identity(out))
+    assert changes is not None
+    total, exchange = changes
     kills = []
-    for number, moment in enumerate(moments):
+    for moment in [*range(1, exchange, max(1, exchange // SPREAD)), exchange, exchange + 1, exchange + 5, total]:
+        for path in leftovers(out):  # so that the next one does just the same as the first
+            remove(path)
         before = identity(out)
-        wanted = number % 2
+        wanted = 1 - identities.index(before)
         ended = conversion(sources[wanted], out, moment)
-        left = sum(path.name.startswith(".") for path in out.parent.iterdir())
-        found = identity(out)
-        kills.append(
-            {"at": moment, "ended": ended, "before": before, "wanted": identities[wanted], "found": found, "left": left}
-        )
+        left = [path.name for path in leftovers(out)]
+        kills.append({"at": moment, "killed": ended is None, "replaced": identity(out) != before, "left": left})
+        assert identity(out) in (before, identities[wanted])
     conversion(sources[0], out)
-    print(json.dumps({"changes": changes, "identities": identities, "kills": kills}))
+    print(json.dumps({"total": total, "exchange": exchange, "identities": identities, "kills": kills}))
 
 
 if __name__ == "__main__":

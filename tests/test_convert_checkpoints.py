@@ -171,7 +171,6 @@ def test_the_weights_are_found_by_content_whatever_lies_beside_them(
         rewards_of(model, sequences), abs=2e-5
     )
     (source / name).unlink()
-    (source / "sft.pt").unlink()
     refused(source, base, tmp_path / "other", r"rm: no file holds a reward model")
     with pytest.raises(UserError) as caught:
         convert_checkpoint(source, base, tmp_path / "other", serving_config().serving)
@@ -181,7 +180,7 @@ def test_the_weights_are_found_by_content_whatever_lies_beside_them(
         "mmm.bin holds 23 tensors",
         "cut.safetensors is not whole or not safetensors",
         "rng.pth is not a whole file of torch.save",
-        "; and 1 more",
+        "sft.pt holds a language model, without a reward head; and 1 more",
     ):
         assert said in str(caught.value)
 

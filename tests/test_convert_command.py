@@ -105,7 +105,8 @@ def run_of(folder: Path, **reward_model: Any) -> RunDir:
     folder.mkdir()
     settings = {**serving_config(max_length=64).plain(), "reward_model": reward_model}
     settings["data"] = {"source": "demo", "demo": {"train": 8, "test": 4}}
-    settings["model"] = {"path": "embedded", "embedded": {"vocab_size": 300, "hidden_size": 8, "num_heads": 2}}
+    tiny = {"vocab_size": 300, "hidden_size": 8, "num_heads": 2, "max_positions": 1024}
+    settings["model"] = {"path": "embedded", "embedded": tiny}
     settings["all"] = ["prefetch", "convert"]
     (folder / "config.yaml").write_text(dump(Config.model_validate(settings)))
     return RunDir(folder)
@@ -126,12 +127,11 @@ def test_a_conversion_killed_at_any_moment_leaves_the_old_store_or_the_new_one(
     done = python(str(ROOT / "tests" / "helpers_interrupt.py"), str(models[0]), str(models[1]), str(out))
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
-    old, new = report["identities"]
-    assert old != new
+    assert len(set(report["identities"])) == 2
     kills = report["kills"]
-    assert all(kill["found"] in (kill["before"], kill["wanted"]) for kill in kills)
-    assert sum(kill["found"] != kill["before"] for kill in kills) >= 2  # killed after the exchange, too
-    assert sum(kill["left"] > 0 for kill in kills) >= 10  # and before it
+    assert all(kill["killed"] for kill in kills)
+    assert [kill["replaced"] for kill in kills] == [kill["at"] > report["exchange"] for kill in kills]
+    assert sum(bool(kill["left"]) for kill in kills) >= len(kills) - 2
     assert [path.name for path in tmp_path.iterdir()] == ["model_store"]  # the last one, which ended, swept it all
 
 
@@ -204,13 +204,13 @@ def test_two_conversions_to_one_place_do_not_meet(models: tuple[Path, Path], tmp
 
 
 MEASURED = """
-import resource, sys
+import re, sys
 from pathlib import Path
 import torch, transformers
 from pipeline.serving import model_store, prepare
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # getrusage's would begin with the parent's
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 source, base, store, dtype = *map(Path, sys.argv[1:4]), sys.argv[4]
 before = peak()
@@ -241,5 +241,5 @@ def test_weights_are_converted_in_less_memory_than_they_take(
     done = python("-c", MEASURED, str(source), str(base), str(tmp_path), dtype)
     assert done.returncode == 0, done.stderr
     used = int(done.stdout)
-    assert used < 0.8 * size, f"{used / size:.2f} of {size >> 20} MB"
+    assert 0 < used < 0.8 * size, f"{used / size:.2f} of {size >> 20} MB"
     assert model_store.stored_dtypes(tmp_path / "model") == {"F32" if dtype == "float32" else "BF16"}
