@@ -233,13 +233,11 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, int]:
     return folder / "rm", folder / "base", sum(tensor.nbytes for tensor in weights.values())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_are_converted_in_less_memory_than_they_take(
-    dtype: str, large: tuple[Path, Path, int], tmp_path: Path
-) -> None:
+def test_weights_are_converted_in_less_memory_than_they_take(large: tuple[Path, Path, int], tmp_path: Path) -> None:
+    """About 0.4 GB are needed whatever the size: the mapped part of a file, and a tensor in two dtypes."""
     source, base, size = large
-    done = python("-c", MEASURED, str(source), str(base), str(tmp_path), dtype)
+    done = python("-c", MEASURED, str(source), str(base), str(tmp_path), "bfloat16")
     assert done.returncode == 0, done.stderr
     used = int(done.stdout)
     assert 0 < used < 0.8 * size, f"{used / size:.2f} of {size >> 20} MB"
-    assert model_store.stored_dtypes(tmp_path / "model") == {"F32" if dtype == "float32" else "BF16"}
+    assert model_store.stored_dtypes(tmp_path / "model") == {"BF16"}
