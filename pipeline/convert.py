@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from pipeline.run.lock import lock
     from pipeline.serving.model_store import model_name
 
-    out = Path(os.path.abspath(arguments.out))
+    out = arguments.out.resolve()
     name = model_name(serving, arguments.checkpoint)
     _check_place(out, name)
     with lock(out.with_name(f".{out.name}.lock"), f"converting {arguments.checkpoint}"):
@@ -104,6 +103,10 @@ def _fetch(key: str, option: str, name: str, revision: str | None) -> Path:
 
     path = Path(name).expanduser()
     if path.exists():
+        if revision is not None:
+            raise UserError(
+                f"--revision {revision}: is of a hub id, and {option} {name} is a folder or file; leave it out"
+            )
         return path.resolve()
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"{option}: {name}: no such file or folder")

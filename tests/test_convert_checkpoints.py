@@ -272,6 +272,11 @@ def test_what_a_checkpoint_lacks_is_asked_for(tmp_path: Path) -> None:
 def test_a_classifier_of_encoders_or_of_more_labels_is_refused(tmp_path: Path) -> None:
     save_reward_model(tmp_path / "two", labels=2)
     refused(tmp_path / "two", None, tmp_path / "store", r"config\.json: the model has 2 labels; a reward model has")
+    save_reward_model(tmp_path / "rm")
+    (tmp_path / "rm" / "config.json").write_text(json.dumps({"model_type": "mamba", "num_hidden_layers": 1}))
+    refused(tmp_path / "rm", None, tmp_path / "store", r"config\.json: makes no sequence classification model \(Unrec")
+    edit_json(tmp_path / "rm" / "config.json", model_type="llama", vocab_size=9, pad_token_id=9)
+    refused(tmp_path / "rm", None, tmp_path / "store", r"makes no sequence classification model \(Padding_idx must be")
     save_reward_model(tmp_path / "bert")
     (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert", "num_hidden_layers": 1}))
     refused(tmp_path / "bert", None, tmp_path / "store", r"BertForSequenceClassification has no score head")

@@ -173,6 +173,7 @@ def test_a_failed_conversion_leaves_the_old_store(models: tuple[Path, Path], tmp
         (("--set", "ppo.lam=1"), r"--set ppo\.lam=1: only settings of serving\.\* enter a model store"),
         (("--dtype", "int8"), r"serving\.dtype: input should be 'float32', .*int8"),
         (("--checkpoint", "/no/such/rm"), r"--checkpoint: /no/such/rm: no such file or folder"),
+        (("--revision", "main"), r"--revision main: is of a hub id, and --checkpoint .*rm is a folder or file"),
         (("--base-model", "./base"), r"--base-model: \./base: no such file or folder"),
     ],
 )

@@ -37,8 +37,9 @@ def fetch_model(key: str, name: str, revision: str | None, commit: str | None, s
     from huggingface_hub import snapshot_download
 
     place = f"{setting or SETTINGS[key]}: {name}"
+    remedy = _REMEDY if setting is None else "correct the name, go where the hub can be reached, or give a folder"
     wanted = _DESCRIPTION if key in _DESCRIPTION_ONLY else None
-    with hub_errors(f"{place}: neither a folder nor to be had from the hub", _REMEDY):
+    with hub_errors(f"{place}: neither a folder nor to be had from the hub", remedy):
         at = commit or _whole_commit(name, revision)
         # Pickled weights are left out where safetensors are there; which of the two, the listing tells.
         unused = _unused(_listing(name, at))
@@ -46,7 +47,7 @@ def fetch_model(key: str, name: str, revision: str | None, commit: str | None, s
     kinds = (".bin", ".pt", ".pth") if key == "reward_model" else (".bin",)
     fault = None if wanted is not None else missing_weights(folder, kinds)
     if fault is not None:
-        raise UserError(f"{place}: {folder}: {fault}; run --stage prefetch where the hub is reached")
+        raise UserError(f"{place}: {folder}: {fault}; {remedy}")
     return _pin(name, revision, folder, unused, wanted)
 
 

@@ -51,9 +51,10 @@ def architecture(config: PretrainedConfig, where: Path) -> Architecture:
     try:
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config)
-    except ValueError as error:
+    except (ValueError, AssertionError) as error:  # no such class; or sizes that do not go together
+        reason = " ".join(str(error).split())[:120]
         raise UserError(
-            f"{where}: {config.model_type} models have no sequence classification class; use a GPT-like model"
+            f"{where}: makes no sequence classification model ({reason}); use a GPT-like model with its own config"
         ) from error
     if not isinstance(getattr(model, "score", None), torch.nn.Module):
         raise UserError(f"{where}: {type(model).__name__} has no score head; use a GPT-like model")

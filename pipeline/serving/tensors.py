@@ -80,17 +80,18 @@ def read_tensors(path: Path) -> dict[str, Lazy]:
 
 
 class _Reader:
-    """A mapped file of tensors, mapped anew after every `_WINDOW` bytes."""
+    """A mapped file of tensors, mapped anew after every `_WINDOW` bytes. Old pickles are in memory, and stay there."""
 
     def __init__(self, path: Path) -> None:
         self._open = _map_safetensors if path.suffix == ".safetensors" else _map_pickle
+        self._mapped = path.suffix == ".safetensors" or zipfile.is_zipfile(path)
         self._path = path
         self._tensors = self._open(path)
         self._bytes = 0
         self.entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> torch.Tensor:
-        if self._bytes > _WINDOW:
+        if self._mapped and self._bytes > _WINDOW:
             self._tensors, self._bytes = {}, 0
             self._tensors = self._open(self._path)
         tensor = self._tensors[name]
