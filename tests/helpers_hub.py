@@ -52,6 +52,8 @@ def standing_in() -> Iterator[StandInHub]:
             path = self.path.partition("?")[0].strip("/")
             hub.asked.append(f"{self.command} {path}")
             parts = path.split("/")
+            if parts[0] == "api" and parts[4:5] == ["commits"]:
+                return self._commits("/".join(parts[1:4]), body)
             if parts[0] == "api" and parts[4:5] in (["revision"], ["tree"]):
                 return self._describe("/".join(parts[1:4]), parts[4], parts[5], body)
             if "resolve" in parts:
@@ -71,6 +73,13 @@ def standing_in() -> Iterator[StandInHub]:
             name = repository.partition("/")[2]
             info = {"id": name, "sha": commit, "siblings": [{"rfilename": file} for file in files]}
             return self._send(200, json.dumps(tree if what == "tree" else info).encode(), body)
+
+        def _commits(self, repository: str, body: bool) -> None:
+            of = [
+                {"id": name, "title": "", "message": "", "authors": [], "date": "2023-01-16T00:00:00.000Z"}
+                for name, _ in reversed(hub.repositories.get(repository, []))
+            ]
+            return self._send(200, json.dumps(of).encode(), body)
 
         def _file(self, repository: str, revision: str, name: str, body: bool) -> None:
             found = hub.find(repository, revision)

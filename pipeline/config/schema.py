@@ -102,9 +102,13 @@ class RewardModel(Supervised):
     """The reward model: trained by this run, or a checkpoint that exists."""
 
     checkpoint: str | None = Field(None, min_length=1)
-    """A folder or hub id of a one-label sequence classification model; None takes the one that this run trains."""
+    """A folder or hub id: a one-label sequence classification model, or trlX's layout (`transformer.*` and `v_head`);
+    None takes the one that this run trains."""
     revision: str | None = Field(None, min_length=1)
-    """Branch, tag or commit of a hub id; None takes its main branch."""
+    """Branch, tag or commit (also abbreviated) of a hub id; None takes its main branch."""
+    checkpoint_base: str | None = Field(None, min_length=1)
+    """A folder or hub id: the model that the checkpoint was trained from, for a checkpoint without config.json or
+    tokenizer."""
     base: Literal["sft", "model"] = "sft"
     """What training starts from: the SFT model or the base model."""
 

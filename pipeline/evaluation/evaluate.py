@@ -32,6 +32,7 @@ from pipeline.run import atomic, sources
 from pipeline.run.directory import RunDir
 from pipeline.run.work import Progress, parse_work, write_result
 from pipeline.serving.client import connect_scorer
+from pipeline.serving.model_store import reward_folder
 from pipeline.training.advantages import kl_k3
 from pipeline.training.decode import Response
 from pipeline.training.metrics import Row, read_rows
@@ -94,11 +95,11 @@ def compare(
 ) -> dict[str, Any]:
     """Sample from both, score, and put the report together."""
     tokenizer = load_tokenizer(trained)
-    reward_folder = sources.reward_model_path(run, config)
+    rewards_from = reward_folder(run, config)
     scoring = ScoringText(
         policy=tokenizer,
-        reward=load_tokenizer(reward_folder),
-        same_vocabulary=same_vocabulary(trained, reward_folder),
+        reward=load_tokenizer(rewards_from),
+        same_vocabulary=same_vocabulary(trained, rewards_from),
         stops=StopSequences(tokenizer, config.generate.stop_sequences),
         max_length=config.serving.max_length,
     )

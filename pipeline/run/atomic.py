@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import glob
 import json
 import os
 import re
@@ -26,6 +28,9 @@ _REMEDIES = {
 _UNKNOWN = "the write failed half-way; look at free space, quotas and ulimit -f, or choose another --run-dir"
 _RUST_NUMBER = re.compile(r"\(os error (\d+)\)")
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter|failed writing|inline_container\S* \. unexpected pos|iostream error")
+_NEW, _OLD = ".new", ".old"
+_HERE, _EXCHANGE = -100, 2
+"""AT_FDCWD and RENAME_EXCHANGE, of renameat2(2)."""
 _FULL_BYTES = 1 << 20
 """A file system with less than this free counts as full when a writer does not say why it failed."""
 
@@ -187,6 +192,60 @@ def private_folder(path: Path) -> Path:
         if path.stat().st_mode & 0o077:
             path.chmod(0o700)
     return path
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target` that takes its place, in one step, when the block ends without an error.
+
+    Whoever looks at `target` finds the old folder or the new one, whole, whenever this process dies; what it leaves
+    beside is swept by the next. For one process at a time.
+    """
+    _sweep(target)
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=_NEW))
+        fresh.chmod(0o755)
+    try:
+        yield fresh
+        with disk_errors(target):
+            if not target.is_dir():
+                os.rename(fresh, target)
+            elif not _exchange(fresh, target):
+                # Two steps, for file systems that cannot swap two names: in between, the next start puts it right.
+                old = target.with_name(f".{target.name}{_OLD}")
+                os.rename(target, old)
+                try:
+                    os.rename(fresh, target)
+                except OSError:
+                    os.rename(old, target)
+                    raise
+                shutil.rmtree(old)
+            sync_directory(target.parent)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)  # by now the old one, or what an error left
+
+
+def _sweep(target: Path) -> None:
+    """Remove what earlier replacements of `target` left behind, or undo a half of one."""
+    old = target.with_name(f".{target.name}{_OLD}")
+    if old.is_dir() and not target.exists():
+        os.rename(old, target)
+    for left in (old, *target.parent.glob(f".{glob.escape(target.name)}.*{_NEW}*")):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where kernel, C library or file system cannot."""
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if swap is None:
+        return False
+    if swap(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
 
 
 def sync_directory(path: Path) -> None:

@@ -21,6 +21,7 @@ SETTINGS = {
     "model": "model.path",
     "tokenizer": "model.tokenizer_path",
     "reward_model": "reward_model.checkpoint",
+    "checkpoint_base": "reward_model.checkpoint_base",
     "data": "data.source",
 }
 """The setting that names each source."""
@@ -67,6 +68,8 @@ def models_of(config: Config) -> dict[str, tuple[str, str | None]]:
         named["tokenizer"] = (config.model.tokenizer_path, None)
     if config.reward_model.checkpoint is not None:
         named["reward_model"] = (config.reward_model.checkpoint, config.reward_model.revision)
+        if config.reward_model.checkpoint_base is not None:
+            named["checkpoint_base"] = (config.reward_model.checkpoint_base, None)
     return named
 
 
@@ -88,7 +91,7 @@ def read_by(stage: str, config: Config) -> tuple[str, ...]:
     reads = {
         "sft": ("model", "tokenizer"),
         "reward-model": ("model", "tokenizer") if config.reward_model.base == "model" else (),
-        "convert": ("reward_model",),
+        "convert": ("reward_model", "checkpoint_base"),
         "train": (*base, "tokenizer", "reward_model"),
         "evaluate": (*base, "reward_model"),
     }
@@ -114,10 +117,15 @@ def policy_start_path(run: RunDir, config: Config) -> Path:
 
 
 def reward_model_path(run: RunDir, config: Config) -> Path:
-    """The reward model (one-label sequence classification, with its tokenizer)."""
+    """The reward model: what this run trained, or a checkpoint in any layout that conversion reads."""
     if config.reward_model.checkpoint is None:
         return run.artifact("reward-model", "model")
     return _source(run, config, "reward_model")
+
+
+def checkpoint_base_path(run: RunDir, config: Config) -> Path | None:
+    """The model whose configuration and tokenizer a checkpoint without its own takes; None where none is named."""
+    return _source(run, config, "checkpoint_base") if "checkpoint_base" in models_of(config) else None
 
 
 def tokenizer_path(run: RunDir, config: Config, model: Path) -> Path:

@@ -19,9 +19,8 @@ from pipeline.config.serving import Serving
 from pipeline.errors import UserError
 from pipeline.run import endpoint
 from pipeline.run.directory import RunDir
-from pipeline.run.sources import reward_model_path
 from pipeline.serving import wire
-from pipeline.serving.model_store import model_folder, read_manifest
+from pipeline.serving.model_store import reward_folder
 from pipeline.serving.scorer import BatchScorer, LocalScorer, Scorer
 
 _Answer = TypeVar("_Answer")
@@ -65,11 +64,7 @@ def connect_scorer(
         logger.warning("%s: ignored, its server has shown no life for %.0f s", run.endpoint, LIVE_S)
     if device is None:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-    if run.outputs("convert") is not None:
-        store = run.artifact("convert", "model_store")
-        folder = model_folder(store, read_manifest(store).model_name)
-    else:
-        folder = reward_model_path(run, config)
+    folder = reward_folder(run, config)
     logger.info("no reward server: rewards are computed in this process, on %s, from %s", device, folder)
     return LocalScorer(folder, config.serving, device, identity)
 

@@ -18,9 +18,10 @@ import torch
 
 from pipeline.config.serving import Serving
 from pipeline.errors import UserError, run_command
-from pipeline.run.sources import reward_model_path
+from pipeline.run.sources import checkpoint_base_path, reward_model_path
 from pipeline.run.work import Progress, parse_work, write_result
 from pipeline.serving import access, model_store
+from pipeline.serving.prepare import prepared
 from pipeline.serving.scoring import CODE_VERSION, RewardModel
 from pipeline.training.models import load_reward_model
 
@@ -33,8 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     """Write DIR/model_store and record its identity and how well it agrees with the eager model."""
     run, config, out = parse_work("Convert the reward model into a Triton model store.", argv)
     progress = Progress(out, total=3, every_s=0.0)
-    source = reward_model_path(run, config)
-    manifest = convert(source, out / STORE, config.serving, config.reward_model.checkpoint, progress)
+    source, base = reward_model_path(run, config), checkpoint_base_path(run, config)
+    manifest = convert_checkpoint(source, base, out / STORE, config.serving, config.reward_model.checkpoint, progress)
     values = {
         "identity": manifest.identity,
         "model_name": manifest.model_name,
@@ -46,10 +47,28 @@ def main(argv: list[str] | None = None) -> None:
     write_result(out, {STORE: STORE}, values)
 
 
-def convert(
-    source: Path, store: Path, serving: Serving, checkpoint: str | None = None, progress: Progress | None = None
+def convert_checkpoint(
+    source: Path,
+    base: Path | None,
+    store: Path,
+    serving: Serving,
+    checkpoint: str | None = None,
+    progress: Progress | None = None,
 ) -> model_store.Manifest:
-    """Write a model store for the reward model in folder `source` and return its manifest.
+    """`convert` for any checkpoint that `prepared` reads; `base` has what it lacks of configuration and tokenizer."""
+    with prepared(source, base, store.with_name(f"{store.name}.weights")) as folder:
+        return convert(folder, store, serving, checkpoint, progress, origin=source)
+
+
+def convert(
+    source: Path,
+    store: Path,
+    serving: Serving,
+    checkpoint: str | None = None,
+    progress: Progress | None = None,
+    origin: Path | None = None,
+) -> model_store.Manifest:
+    """Write a model store for the reward model in folder `source` and return its manifest, which names `origin`.
 
     Raises UserError when the model is not a one-label classifier, has missing or unexpected weights or too few
     positions, or when the store's rewards differ from the eager float32 model's by more than is allowed.
@@ -85,7 +104,7 @@ def convert(
     manifest = model_store.Manifest(
         identity=identity,
         model_name=name,
-        source=str(source),
+        source=str(origin or source),
         weights_sha256=model_store.weights_sha256(folder),
         tokenizer_sha256=model_store.tokenizer_sha256(folder),
         dtype=serving.dtype,

@@ -22,18 +22,21 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from pipeline.config.schema import Config
 from pipeline.config.serving import Serving
 from pipeline.errors import UserError
 from pipeline.resources import resource_dir
 from pipeline.run import atomic
+from pipeline.run.directory import RunDir
 from pipeline.run.hashing import fingerprint, sha256_file
+from pipeline.run.sources import reward_model_path
 
 MANIFEST = "manifest.json"
 VERSION = "1"
 MODEL_FOLDER = "reward_model"
 
 _SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -97,6 +100,17 @@ def model_folder(store: Path, name: str) -> Path:
     return store / name / VERSION / MODEL_FOLDER
 
 
+def reward_folder(run: RunDir, config: Config) -> Path:
+    """The run's reward model as a Hugging Face folder: in the store where it is converted, else where it comes from."""
+    if run.outputs("convert") is not None:
+        store = run.artifact("convert", "model_store")
+        return model_folder(store, read_manifest(store).model_name)
+    folder = reward_model_path(run, config)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: has no config.json, so it must be converted first; run --stage convert")
+    return folder
+
+
 def model_name(serving: Serving, checkpoint: str | None) -> str:
     """`serving.model_name`, or the checkpoint's last path component, or "reward-model"."""
     if serving.model_name is not None:
@@ -143,7 +157,7 @@ def write_code(store: Path, name: str, config_text: str) -> None:
 def place_model(source: Path, target: Path, dtype: str) -> None:
     """Put the model of folder `source` into `target`, as safetensors in `dtype`, with its tokenizer.
 
-    Files that already are what is wanted are hard-linked (copied across file systems); others are loaded and saved.
+    Files that already are what is wanted are hard-linked (copied across file systems); others are written anew.
     """
     target.mkdir(parents=True, exist_ok=True)
     with atomic.disk_errors(target):
@@ -153,7 +167,7 @@ def place_model(source: Path, target: Path, dtype: str) -> None:
             shutil.copyfile(source / "config.json", target / "config.json")
         else:
             _convert(source, target, dtype)
-        for name in _TOKENIZER_FILES:
+        for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, target / name)
 
@@ -176,7 +190,7 @@ def weights_sha256(folder: Path) -> str:
 
 def tokenizer_sha256(folder: Path) -> str:
     """SHA-256 over the names and contents of a folder's tokenizer files."""
-    return _files_sha256([folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()])
+    return _files_sha256([folder / name for name in TOKENIZER_FILES if (folder / name).is_file()])
 
 
 def store_identity(folder: Path, dtype: str, code_version: int) -> str:
@@ -199,10 +213,16 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def _convert(source: Path, target: Path, dtype: str) -> None:
+    """Write the weights anew in `dtype`, a tensor at a time."""
     import torch
-    from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(
-        source, dtype=getattr(torch, dtype), local_files_only=True
-    )
-    model.save_pretrained(target)
+    from pipeline.serving.tensors import Lazy, read_tensors, save_tensors
+
+    wanted: torch.dtype = getattr(torch, dtype)
+    tensors: dict[str, Lazy] = {}
+    for path in sorted(source.glob("*.safetensors")):
+        tensors |= {name: tensor.to(wanted) for name, tensor in read_tensors(path).items()}
+    save_tensors(target, tensors)
+    config = json.loads((source / "config.json").read_text("utf-8"))
+    config.pop("torch_dtype", None)  # as older versions call it
+    atomic.write_json(target / "config.json", {**config, "dtype": dtype})

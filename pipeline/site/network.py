@@ -152,8 +152,8 @@ def _wandb(facts: NetworkFacts) -> Finding:
 def _needs_hub(config: Config) -> bool:
     model = config.model.path != EMBEDDED and not os.path.isdir(config.model.path)
     data = config.data.source not in ("demo", "hh") and not os.path.isdir(config.data.source)
-    checkpoint = config.reward_model.checkpoint
-    return model or data or (checkpoint is not None and not os.path.isdir(checkpoint))
+    checkpoints = (config.reward_model.checkpoint, config.reward_model.checkpoint_base)
+    return model or data or any(name is not None and not os.path.isdir(name) for name in checkpoints)
 
 
 def _reach(address: str, proxy: str | None) -> str:

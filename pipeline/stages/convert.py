@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.config.schema import Config
+from pipeline.run.sources import models_of
 from pipeline.stages.base import Context, Stage, Work, model_identity, module_command
 
 _STORE_SETTINGS = {
@@ -22,6 +23,8 @@ class Convert(Stage):
         settings: dict[str, Any] = {"serving": config.serving.model_dump(mode="json", include=_STORE_SETTINGS)}
         if config.reward_model.checkpoint is not None:
             settings["reward_model"] = model_identity(context, "reward_model")
+        if "checkpoint_base" in models_of(config):
+            settings["checkpoint_base"] = model_identity(context, "checkpoint_base")
         return settings
 
     def needs(self, config: Config) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.containers.command import choose_engine
 from pipeline.run.directory import Outputs
 from pipeline.run.hashing import hash_tree
-from pipeline.run.sources import EMBEDDED, SETTINGS, pins
+from pipeline.run.sources import EMBEDDED, SETTINGS, models_of, pins
 from pipeline.stages.base import Context, Stage, Work, module_command
 from pipeline.stages.sandbox import image_settings
 from pipeline.stages.surroundings import hub_home
@@ -29,6 +29,8 @@ class Prefetch(Stage):
             "reward_model": {"checkpoint": config.reward_model.checkpoint, "revision": config.reward_model.revision},
             "data": config.data.model_dump(mode="json", exclude={"demo"}),
         }
+        if "checkpoint_base" in models_of(config):
+            settings["checkpoint_base"] = config.reward_model.checkpoint_base
         if config.model.tokenizer_path is not None:
             settings["tokenizer"] = config.model.tokenizer_path
         if config.model.path == EMBEDDED:

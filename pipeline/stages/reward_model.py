@@ -16,7 +16,10 @@ class RewardModel(Stage):
 
     def settings(self, context: Context) -> dict[str, Any]:
         config = context.config
-        settings: dict[str, Any] = {"seed": config.seed, "reward_model": config.reward_model.model_dump(mode="json")}
+        settings: dict[str, Any] = {
+            "seed": config.seed,
+            "reward_model": config.reward_model.model_dump(mode="json", exclude={"checkpoint_base"}),
+        }
         if config.reward_model.base == "model" and config.model.path != EMBEDDED:
             settings["model"] = model_identity(context, "model")
         return {**settings, **(tokenizer_identity(context) if config.reward_model.base == "model" else {})}

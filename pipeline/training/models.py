@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$|\.embed_positions$|position_ids$")
+BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$|\.embed_positions$|position_ids$")
 """Constants that older checkpoints of GPT-J, GPT-2 and GPT-NeoX store beside their weights."""
 _NEW_HEAD = {"score.weight"}
 _LM_HEADS = {"lm_head.weight", "lm_head.bias", "embed_out.weight"}
@@ -113,7 +113,7 @@ def _check_keys(path: Path, info: dict[str, Any], missing: set[str], unexpected:
         ("unexpected", unexpected),
         ("wrong shape", {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}),
     ):
-        if names := sorted(key for key in keys if not _BUFFERS.search(key)):
+        if names := sorted(key for key in keys if not BUFFERS.search(key)):
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             faults.append(f"{word}: {', '.join(names[:5])}{more}")
     if faults:

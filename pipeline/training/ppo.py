@@ -28,6 +28,7 @@ from pipeline.run import atomic, hashing, sources
 from pipeline.run.directory import RunDir
 from pipeline.run.work import Progress, parse_work, write_result
 from pipeline.serving.client import connect_scorer
+from pipeline.serving.model_store import reward_folder
 from pipeline.training.baselines import baseline_scores
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.models import check_positions, disable_dropout, load_causal_lm, save_model
@@ -103,15 +104,15 @@ def assemble(
     check_positions(start, "train.seq_length", config.train.seq_length)
     tokenizer_folder = sources.tokenizer_path(run, config, start)
     tokenizer = load_tokenizer(tokenizer_folder)
-    reward_folder = sources.reward_model_path(run, config)
+    rewards_from = reward_folder(run, config)
     split = load_split(start, config, accelerator)
     reference = frozen_reference(split)
     policy, optimizer = prepare(split, reference, config, accelerator)
     stops = StopSequences(tokenizer, config.generate.stop_sequences)
     scoring = ScoringText(
         policy=tokenizer,
-        reward=load_tokenizer(reward_folder),
-        same_vocabulary=same_vocabulary(tokenizer_folder, reward_folder),
+        reward=load_tokenizer(rewards_from),
+        same_vocabulary=same_vocabulary(tokenizer_folder, rewards_from),
         stops=stops,
         max_length=config.serving.max_length,
     )
