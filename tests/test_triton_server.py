@@ -25,8 +25,8 @@ from pipeline.run import endpoint
 from pipeline.run.directory import RunDir
 from pipeline.serving import wire
 from pipeline.serving.client import TritonScorer, connect_scorer
-from pipeline.serving.convert import probe_sequences
 from pipeline.serving.engines import Engine
+from pipeline.serving.parity import probe_sequences
 from pipeline.serving.sandbox import open_sandbox, prepare
 from pipeline.serving.scorer import LocalScorer
 from pipeline.serving.server import TritonServer, make_spec
