@@ -28,6 +28,21 @@ SMALL: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "intermediate_size": 64,
     },
+    "opt": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "ffn_dim": 64,
+        "word_embed_proj_dim": 32,
+    },
+    "mistral": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "sliding_window": 50,
+    },
 }
 """Model types and sizes; positions are 128 for all."""
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from pipeline.config.serving import Serving
 from pipeline.errors import UserError, run_command
 from pipeline.run.sources import reward_model_path
 from pipeline.run.work import Progress, parse_work, write_result
-from pipeline.serving import model_store, parity
+from pipeline.serving import model_store, parity, torchscript
 from pipeline.serving.scoring import CODE_VERSION, RewardModel
 
 STORE = "model_store"
@@ -30,10 +32,12 @@ def main(argv: list[str] | None = None) -> None:
     run, config, out = parse_work("Convert the reward model into a Triton model store.", argv)
     progress = Progress(out, total=3, every_s=0.0)
     source = reward_model_path(run, config)
-    manifest = convert(source, out / STORE, config.serving, config.reward_model.checkpoint, progress)
+    image = config.sandbox.image
+    manifest = convert(source, out / STORE, config.serving, config.reward_model.checkpoint, progress, image)
     values = {
         "identity": manifest.identity,
         "model_name": manifest.model_name,
+        "flavour": manifest.flavour,
         "dtype": manifest.dtype,
         "weights_sha256": manifest.weights_sha256,
         "parity_max_difference": manifest.parity["max_difference"],
@@ -43,9 +47,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def convert(
-    source: Path, store: Path, serving: Serving, checkpoint: str | None = None, progress: Progress | None = None
+    source: Path,
+    store: Path,
+    serving: Serving,
+    checkpoint: str | None = None,
+    progress: Progress | None = None,
+    image: str | None = None,
 ) -> model_store.Manifest:
     """Write a model store for the reward model in folder `source` and return its manifest.
+
+    `image` is what a TorchScript graph shall be served in.
 
     Raises UserError when the model is not a one-label classifier, has missing or unexpected weights or too few
     positions, or when the store's rewards differ from the eager float32 model's by more than is allowed.
@@ -65,18 +76,26 @@ def convert(
     report(1, "writing the model store")
     folder = model_store.model_folder(store, name)
     model_store.place_model(source, folder, serving.dtype)
-    identity = model_store.store_identity(folder, serving.dtype, CODE_VERSION)
-    model_store.write_code(store, name, model_store.render_config(serving, name, identity))
+    identity = model_store.store_identity(folder, serving.dtype, CODE_VERSION, serving.flavour)
+    model_store.write_config(store, name, model_store.render_config(serving, name, identity))
+    graph = None
+    if serving.flavour == "torchscript":
+        graph = torchscript.write_graph(folder, serving.dtype, device)
+        if image is not None:
+            torchscript.check_image(image, graph)
+    else:
+        model_store.write_code(store, name)
 
     report(2, "comparing the two")
-    scorer = RewardModel(folder, device, serving.dtype, max_length=serving.max_length)
-    difference, rewards = parity.compare(scorer, sequences, reference)
+    score = _score_graph(folder, serving, device) if graph is not None else _score_model(folder, serving, device)
+    found = parity.compare(score, sequences, reference)
     allowed = parity.allowed_difference(serving, reference)
-    logger.info("%s: within %.3g of the eager model (%.3g allowed in %s)", name, difference, allowed, serving.dtype)
-    if not difference <= allowed:  # also true for NaN
+    logger.info("%s: within %.3g of the eager model (%.3g allowed in %s)", name, found.largest, allowed, serving.dtype)
+    if not found.largest <= allowed:  # also true for NaN
         raise UserError(
             f"serving.parity_tolerance: the model store's rewards differ from the eager model's by up to "
-            f"{difference:.3g} ({allowed:.3g} allowed in {serving.dtype}); use serving.dtype=float32 or raise it"
+            f"{found.largest:.3g} ({found.length} tokens, batch of {found.batch}; {allowed:.3g} allowed in "
+            f"{serving.dtype}); use serving.dtype=float32 or raise it"
         )
     manifest = model_store.Manifest(
         identity=identity,
@@ -84,17 +103,26 @@ def convert(
         source=str(source),
         weights_sha256=model_store.weights_sha256(folder),
         tokenizer_sha256=model_store.tokenizer_sha256(folder),
+        flavour=serving.flavour,
         dtype=serving.dtype,
         max_length=serving.max_length,
         code_version=CODE_VERSION,
         versions=model_store.package_versions(),
-        parity={"max_difference": difference, "allowed": allowed, "sequences": float(len(sequences))},
+        parity={
+            "max_difference": found.largest,
+            "worst_length": float(found.length),
+            "worst_batch": float(found.batch),
+            "mean_difference": found.mean,
+            "allowed": allowed,
+            "sequences": float(len(sequences)),
+        },
         known_answers=[
             model_store.KnownAnswer(sequence, reward)
-            for sequence, reward in zip(sequences, rewards, strict=True)
+            for sequence, reward in zip(sequences, found.rewards, strict=True)
             if len(sequence) <= 33
         ],
         answer_tolerance=allowed,
+        graph=asdict(graph) if graph is not None else None,
     )
     model_store.write_manifest(store, manifest)
     report(3, "done")
@@ -118,6 +146,24 @@ def check_config(source: Path, max_length: int) -> None:
         raise UserError(
             f"serving.max_length: {max_length} is more than the {positions} positions of {source}; lower it"
         )
+
+
+def _score_model(folder: Path, serving: Serving, device: str) -> parity.Score:
+    """The flavour python's scoring code, one forward a call."""
+    scorer = RewardModel(folder, device, serving.dtype, max_length=serving.max_length, attention=serving.attention)
+    scorer.max_padding = 1.0
+
+    def score(rows: list[list[int]]) -> list[float]:
+        scorer.max_batch_size, scorer.max_batch_tokens = len(rows), len(rows) * max(map(len, rows))
+        return scorer.score(rows)
+
+    return score
+
+
+def _score_graph(folder: Path, serving: Serving, device: str) -> parity.Score:
+    vocab_size = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().vocab_size
+    file = torchscript.graph_file(folder)
+    return torchscript.GraphModel(file, device, vocab_size, serving.max_length).score
 
 
 def _no_progress(step: int, note: str = "") -> None:

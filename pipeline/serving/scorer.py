@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.config.serving import Serving
-from pipeline.serving.scoring import RewardModel, pack
+from pipeline.serving.scoring import MAX_PADDING, RewardModel, pack
 from pipeline.serving.wire import check_finite
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,10 @@ class BatchScorer(ABC):
         if self._closed.is_set():
             raise RuntimeError("the scorer is closed")
         rows = clip(sequences, self._serving.max_length)
-        batches = pack([len(row) for row in rows], self._serving.max_batch_tokens, self._serving.max_batch_size)
+        serving = self._serving
+        # A graph computes a request's padding, too; the flavour python does not.
+        padding = MAX_PADDING if serving.flavour == "torchscript" else 1.0
+        batches = pack([len(row) for row in rows], serving.max_batch_tokens, serving.max_batch_size, padding)
         call = _Call(rows, [0.0] * len(rows), len(batches))
         call.future.set_running_or_notify_cancel()  # from now on it cannot be cancelled
         if not batches:
@@ -144,6 +147,7 @@ class LocalScorer(BatchScorer):
             max_length=serving.max_length,
             max_batch_tokens=serving.max_batch_tokens,
             max_batch_size=serving.max_batch_size,
+            attention=serving.attention,
         )
         super().__init__(serving, identity, workers=1)
 

@@ -116,10 +116,12 @@ def packed_attention(
     outputs, start = [], 0
     for length, group in groupby(layout.lengths):
         count = len(list(group))
-        rows = [tensor[0, :, start : start + count * length] for tensor in (query, key, value)]
-        rows = [row.unflatten(1, (count, length)).transpose(0, 1) for row in rows]  # (count, H, length, D)
+        parts = [tensor[0, :, start : start + count * length] for tensor in (query, key, value)]
+        q, k, v = (
+            part.reshape(len(part), count, length, -1).transpose(0, 1) for part in parts
+        )  # (count, H, length, D)
         mask = _window_mask(length, sliding_window, query.device)
-        output = scaled_dot_product_attention(*rows, attn_mask=mask, is_causal=mask is None, scale=scaling)
+        output = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
         outputs.append(output.transpose(1, 2).flatten(0, 1))  # (count * length, H, D)
         start += count * length
     return torch.cat(outputs).unsqueeze(0), None
@@ -162,8 +164,8 @@ class RewardModel:
     ) -> None:
         """Load `folder` (Hugging Face format). `dtype`: a torch dtype or its name. Raises ValueError if unsuitable.
 
-        `attention` is "flash_attention_2" (the package flash_attn), "sdpa" (torch's own), or "auto": the first where
-        package, GPU and dtype allow.
+        `attention` on a GPU is "flash_attention_2" (the package flash_attn), "sdpa" (torch's own), or "auto": the
+        first where package, GPU and dtype allow. On a CPU it is torch's own.
         """
         torch_dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         self.device = torch.device(device)
@@ -182,6 +184,7 @@ class RewardModel:
         self.max_length = max_length
         self.max_batch_tokens = max_batch_tokens
         self.max_batch_size = max_batch_size
+        self.max_padding = MAX_PADDING
         self.vocab_size: int = model.get_input_embeddings().num_embeddings
         self.tokens = self.computed = 0
         """Tokens scored so far, and with padding: tokens that were computed for it."""
@@ -227,7 +230,7 @@ class RewardModel:
     def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
         if self.packed:
             return fill(lengths, self.max_batch_tokens, self.max_batch_size)
-        return pack(lengths, self.max_batch_tokens, self.max_batch_size, MAX_PADDING)
+        return pack(lengths, self.max_batch_tokens, self.max_batch_size, self.max_padding)
 
     def _forward_or_halve(self, rows: Sequence[Sequence[int]]) -> list[float]:
         try:
@@ -262,7 +265,7 @@ class RewardModel:
         bounds = torch.cat([torch.zeros(1, dtype=torch.long), counted.cumsum(0)]).to(self.device)  # (B + 1,)
         token = _LAYOUT.set(_Layout(lengths, bounds.int() if self.flash else None))
         try:
-            hidden = self.model.base_model(
+            hidden: torch.Tensor = self.model.base_model(
                 input_ids=ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False
             ).last_hidden_state  # (1, N, D)
         finally:
@@ -275,7 +278,9 @@ class RewardModel:
         padded = [[*row, *([0] * (width - len(row)))] for row in rows]  # what the padding holds makes no difference
         input_ids = torch.tensor(padded, dtype=torch.long, device=self.device)  # (B, T)
         last = torch.tensor([len(row) - 1 for row in rows], device=self.device)  # (B,)
-        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, D)
+        hidden: torch.Tensor = self.model.base_model(
+            input_ids=input_ids, use_cache=False
+        ).last_hidden_state  # (B, T, D)
         return hidden[torch.arange(len(rows), device=self.device), last]
 
 
@@ -288,14 +293,16 @@ def _pack_attention(model: Any) -> None:
 
 
 def _choose_flash(attention: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether FlashAttention computes the attention; ValueError when it must, but cannot."""
+    """Whether FlashAttention computes the attention; ValueError when a GPU must use it, but cannot."""
+    if device.type != "cuda" or attention == "sdpa":
+        return False
     lacks = []
     if importlib.util.find_spec("flash_attn") is None:
         lacks.append("the package flash_attn")
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.cuda.get_device_capability(device) < (8, 0):
         lacks.append("a GPU of compute capability 8.0 or more")
     if dtype not in (torch.bfloat16, torch.float16):
         lacks.append("a dtype of 16 bits")
     if attention == "flash_attention_2" and lacks:
         raise ValueError(f"serving.attention: flash_attention_2 needs {' and '.join(lacks)}; use auto")
-    return attention != "sdpa" and not lacks
+    return not lacks

@@ -9,19 +9,21 @@ from pipeline.stages.base import Context, Stage, Work, model_identity, module_co
 
 _STORE_SETTINGS = {
     *("model_name", "flavour", "dynamic_batching", "dtype", "max_length", "max_batch_tokens", "max_batch_size"),
-    *("num_threads", "parity_tolerance"),
+    *("num_threads", "parity_tolerance", "attention"),
 }
 
 
 class Convert(Stage):
     name = "convert"
-    version = 2
+    version = 3
 
     def settings(self, context: Context) -> dict[str, Any]:
         config = context.config
         settings: dict[str, Any] = {"serving": config.serving.model_dump(mode="json", include=_STORE_SETTINGS)}
         if config.reward_model.checkpoint is not None:
             settings["reward_model"] = model_identity(context, "reward_model")
+        if config.serving.flavour == "torchscript":
+            settings["image"] = config.sandbox.image  # what the graph must load in
         return settings
 
     def needs(self, config: Config) -> tuple[str, ...]:
