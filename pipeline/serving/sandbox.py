@@ -32,6 +32,7 @@ from pipeline.serving.engines import Apptainer, Docker, Engine
 
 _CHECK_S = 600.0
 """A .sif file that cannot be mounted is unpacked for each command: that takes minutes."""
+PYTORCH_BACKEND = "/opt/tritonserver/backends/pytorch"
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,11 @@ def prepare(
     if engine == "none":
         raise UserError('sandbox.engine: "none" starts no server and needs no sandbox; leave this stage out of `all`')
     if engine == "venv":
+        if config.serving.flavour == "torchscript":
+            raise UserError(
+                "serving.flavour: torchscript is served by a container image; sandbox.engine found none and came to "
+                '"venv", which has no PyTorch backend; install Apptainer, or use flavour python'
+            )
         values = _prepare_venv(config, log, note)
     else:
         values = _prepare_container(config, engine, log, note, fresh, fetched or {})
@@ -87,7 +93,7 @@ def fetch(config: Config, log: Path, note: Note, fresh: bool = False) -> dict[st
         fetched["digest"] = images.make(source, engine, _as_folder(config), cache, log, note).digest
     else:
         fetched["digest"] = images.fetch(source, cache, note, fresh)
-    if config.sandbox.packages == "trainer":
+    if packages_bound(config):
         note("fetching the server's Python packages")
         pins, python = environment.package_pins(config.sandbox.python), config.sandbox.python
         fetched["packages"] = str(packages.install(pins, python, cache, log)[0])
@@ -165,12 +171,15 @@ def _prepare_container(
         source = replace(source, reference=replace(source.reference, digest=fetched["digest"]))
     image = images.make(source, engine, _as_folder(config), cache, log, note, fresh)
     site, installed = None, False
-    if settings.packages == "trainer":
+    if packages_bound(config):
         note("looking for the server's Python packages")
         site, installed = packages.install(environment.package_pins(settings.python), settings.python, cache, log)
     note("checking the image")
     inside = inside_argv(image, site)
-    found = check_image(inside, settings.python if site else None)
+    if config.serving.flavour == "torchscript":
+        found = check_backend(inside)
+    else:
+        found = check_image(inside, settings.python if site else None)
     if site is not None and installed:
         note("compiling the packages")
         argv = [*inside_argv(image, site, writable=True), *packages.compile_argv()]
@@ -194,6 +203,11 @@ def _as_folder(config: Config) -> bool:
     return config.sandbox.format == "sandbox" and not config.sandbox.unpack_on_node
 
 
+def packages_bound(config: Config) -> bool:
+    """Whether the trainer's torch and transformers are bound into the container: a graph is served without Python."""
+    return config.sandbox.packages == "trainer" and config.serving.flavour == "python"
+
+
 def inside_argv(image: images.Image, site: Path | None, writable: bool = False) -> list[str]:
     """What stands before a command that shall run in the image as the server does, without GPUs and network."""
     binds = [Bind(site, packages.IN_CONTAINER, writable)] if site else []
@@ -208,10 +222,7 @@ def check_image(inside: list[str], python: str | None) -> dict[str, str]:
     `python` is the minor version that packages were bound in for; None where the image brings its own.
     """
     env = exec_environment(os.environ, {})
-    status, text = procs.capture([*inside, "tritonserver", "--help"], env=env, timeout_s=_CHECK_S)
-    if "--model-repository" not in text:  # asked for help, it exits with status 1
-        fuse = "; take sandbox.format=sandbox, or sandbox.unpack_on_node=true" if "fuse" in text.lower() else ""
-        raise UserError(f"sandbox.image: tritonserver does not run in it: {last_line(text)}{fuse}")
+    _check_server(inside, env)
     version = "import sys; print('%d.%d' % sys.version_info[:2])"
     status, text = procs.capture([*inside, "python3", "-c", version], env=env, timeout_s=_CHECK_S)
     found = text.split()[-1] if status == 0 and text.split() else ""
@@ -226,8 +237,32 @@ def check_image(inside: list[str], python: str | None) -> dict[str, str]:
     if status != 0:
         remedy = "use sandbox.packages=trainer" if python is None else "take a newer image, or another sandbox.python"
         raise UserError(f"sandbox.image: its Python cannot import torch and transformers: {last_line(text)}; {remedy}")
+    return {"python": found, "tritonserver": _server_version(inside, env)}
+
+
+def check_backend(inside: list[str]) -> dict[str, str]:
+    """Run the image's server once and look for its PyTorch backend, which serves graphs; returns its version."""
+    env = exec_environment(os.environ, {})
+    _check_server(inside, env)
+    status, _ = procs.capture([*inside, "ls", PYTORCH_BACKEND], env=env, timeout_s=_CHECK_S)
+    if status != 0:
+        raise UserError(
+            f"sandbox.image: it has no PyTorch backend ({PYTORCH_BACKEND}), which serving.flavour=torchscript needs; "
+            "take an image with it, as tritonserver:YY.MM-pyt-python-py3"
+        )
+    return {"python": "none", "tritonserver": _server_version(inside, env)}
+
+
+def _check_server(inside: list[str], env: dict[str, str]) -> None:
+    _, text = procs.capture([*inside, "tritonserver", "--help"], env=env, timeout_s=_CHECK_S)
+    if "--model-repository" not in text:  # asked for help, it exits with status 1
+        fuse = "; take sandbox.format=sandbox, or sandbox.unpack_on_node=true" if "fuse" in text.lower() else ""
+        raise UserError(f"sandbox.image: tritonserver does not run in it: {last_line(text)}{fuse}")
+
+
+def _server_version(inside: list[str], env: dict[str, str]) -> str:
     status, text = procs.capture([*inside, "printenv", "TRITON_SERVER_VERSION"], env=env, timeout_s=_CHECK_S)
-    return {"python": found, "tritonserver": text.split()[-1] if status == 0 and text.split() else "unknown"}
+    return text.split()[-1] if status == 0 and text.split() else "unknown"
 
 
 def _usable_venv(folder: Path) -> bool:
