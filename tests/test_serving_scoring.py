@@ -9,9 +9,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers_serving import SMALL, VOCAB, save_reward_model, tiny_model
+from helpers_serving import SMALL, VOCAB, save_reward_model, serving_config, tiny_model
 
 from pipeline.serving import scoring
+from pipeline.serving.scorer import cut
 from pipeline.serving.scoring import RewardModel, fill, pack
 
 
@@ -44,10 +45,16 @@ def test_without_padding_only_the_sequences_own_tokens_fill_a_batch() -> None:
     assert fill([50, 2, 1], max_tokens=8, max_rows=1) == [[0], [1], [2]]
 
 
-def test_what_was_packed_for_one_request_is_one_forward() -> None:
+def test_a_request_is_one_forward_on_the_server() -> None:
     lengths = [random.Random(4).randint(1, 100) for _ in range(200)]
-    for batch in pack(lengths, 1024, 16):
+    for batch in cut(lengths, serving_config(max_batch_tokens=1024, max_batch_size=16).serving):
         assert fill([lengths[index] for index in batch], 1024, 16) == [list(range(len(batch)))]
+
+
+def test_requests_to_a_graph_hold_little_padding() -> None:
+    serving = serving_config().serving.model_copy(update={"flavour": "torchscript"})
+    assert cut([100, 99, 50, 49], serving) == [[0, 1], [2, 3]]
+    assert cut([100, 99, 50, 49], serving_config().serving) == [[0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("way", ["packed", "padded", "flash"])

@@ -51,7 +51,7 @@ class Serving(Section):
     max_length: int = Field(1024, ge=4)
     """Tokens of the longest sequence that is scored; longer ones lose their beginning."""
     max_batch_tokens: int = Field(8192, ge=16)
-    """Tokens that one forward of the reward model, and one request with its padding, may hold."""
+    """Tokens that one forward of the reward model, and one request, may hold."""
     max_batch_size: int = Field(64, ge=1)
     """Sequences that one request, and one forward, may hold."""
     num_threads: int = Field(1, ge=1)
