@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,19 @@ def test_a_layer_that_fails_has_its_own_weights_again(tmp_path: Path) -> None:
     with pytest.raises(IndexError):
         parity.reference_reward(model, [10_000])
     assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_reference_that_is_dropped_is_gone_at_once(tmp_path: Path) -> None:
+    tiny_model("gptj").to(torch.float16).save_pretrained(tmp_path)
+    model = parity.load_reference(tmp_path, "cpu")
+    parity.reference_reward(model, [1, 2, 3])
+    layer = weakref.ref(model.score)
+    gc.disable()
+    try:
+        del model
+        assert layer() is None
+    finally:
+        gc.enable()
 
 
 def test_full_width_weights_are_left_alone(tmp_path: Path) -> None:

@@ -46,12 +46,13 @@ def compute_in_float32(model: nn.Module) -> None:
 
 
 def _widen_while_running(module: nn.Module, own: dict[str, nn.Parameter]) -> None:
-    def widen(*_: Any) -> None:
+    # Neither function holds the module: it would live on when the model is dropped, until the next garbage collection.
+    def widen(layer: nn.Module, *_: Any) -> None:
         for name, value in own.items():
-            module._parameters[name] = nn.Parameter(value.float(), requires_grad=False)
+            layer._parameters[name] = nn.Parameter(value.float(), requires_grad=False)
 
-    def restore(*_: Any) -> None:
-        module._parameters.update(own)
+    def restore(layer: nn.Module, *_: Any) -> None:
+        layer._parameters.update(own)
 
     module.register_forward_pre_hook(widen)
     module.register_forward_hook(restore, always_call=True)
