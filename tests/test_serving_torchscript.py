@@ -100,6 +100,9 @@ def test_the_configuration_is_the_pytorch_backends_with_a_warm_up_of_each_length
     shapes = [(one.batch_size, one.inputs["input_ids"].dims[0]) for one in config.model_warmup]
     # 1024 tokens and 16 rows at the most, for lengths up to 128
     assert shapes == [(8, 128), (16, 64), (16, 32), (16, 16), (16, 8), (16, 4), (16, 2), (16, 1)]
+    # That backend feeds inputs by the names of forward's arguments.
+    arguments = [argument.name for argument in graph_of(store).forward.schema.arguments]
+    assert arguments == ["self", *(part.name for part in config.input)]
     assert config.parameters["torch"].string_value == torch.__version__
     assert config.parameters["INFERENCE_MODE"].string_value == "true"
 
