@@ -5,6 +5,7 @@ python -m pipeline.serving.convert --run RUN --out DIR
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import shutil
@@ -161,6 +162,7 @@ def _score_model(folder: Path, serving: Serving, device: str) -> parity.Score:
 
 
 def _score_graph(folder: Path, serving: Serving, device: str) -> parity.Score:
+    gc.collect()  # a traced model is in cycles with its graph: it would stay beside the one that is loaded now
     vocab_size = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().vocab_size
     file = torchscript.graph_file(folder)
     return torchscript.GraphModel(file, device, vocab_size, serving.max_length).score
