@@ -16,7 +16,7 @@ from pipeline.config.load import check
 from pipeline.containers.steps import run_step
 from pipeline.errors import UserError
 from pipeline.run import atomic, build_cache
-from pipeline.serving import environment, sandbox
+from pipeline.serving import environment, image_checks, sandbox
 
 
 def write_manifest(folder: Path) -> dict[str, Any]:
@@ -151,6 +151,40 @@ def test_engine_none_has_no_sandbox(tmp_path: Path) -> None:
     config = check({"sandbox": {"engine": "none", "cache_dir": str(tmp_path)}})
     with pytest.raises(UserError, match=r'sandbox\.engine: "none" starts no server'):
         sandbox.prepare(config, tmp_path / "log", lambda _: None)
+
+
+def fake_image(folder: Path, listing: int) -> list[str]:
+    """What stands before a command that runs in an image; `listing` is the status of ls in it."""
+    script = folder / "inside"
+    script.write_text(
+        '#!/bin/sh\ncase "$1" in\n'
+        "tritonserver) echo usage: --model-repository; exit 1;;\n"
+        f"ls) exit {listing};;\n"
+        "printenv) echo 2.25.0;;\n"
+        "*) exit 3;;\nesac\n"
+    )
+    script.chmod(0o755)
+    return [str(script)]
+
+
+def test_an_image_for_graphs_needs_the_pytorch_backend_and_no_python(tmp_path: Path) -> None:
+    assert image_checks.check_backend(fake_image(tmp_path, 0)) == {
+        "python": "none",
+        "tritonserver": "2.25.0",
+        "closes": False,
+    }
+    with pytest.raises(UserError, match=r"sandbox\.image: it has no PyTorch backend .*-pyt-python-py3"):
+        image_checks.check_backend(fake_image(tmp_path, 2))
+
+
+def test_graphs_have_no_use_for_the_environment_that_auto_comes_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no container engine
+    config = check({"serving": {"flavour": "torchscript"}, "sandbox": {"cache_dir": str(tmp_path)}})
+    with pytest.raises(UserError, match=r'serving\.flavour: torchscript .* came to "venv"'):
+        sandbox.prepare(config, tmp_path / "log", lambda _: None)
+    assert not sandbox.packages_bound(config)
 
 
 def test_a_sandbox_that_is_gone_says_how_to_get_it_back(tmp_path: Path) -> None:

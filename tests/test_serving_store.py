@@ -68,6 +68,7 @@ def test_config_pbtxt_is_valid_and_batches_only_when_told_to(tmp_path: Path) -> 
     assert parameters == {
         "identity": manifest.identity,
         "dtype": "float32",
+        "attention": "auto",
         "max_length": "100",
         "max_batch_tokens": "512",
         "num_threads": "2",
@@ -78,6 +79,11 @@ def test_config_pbtxt_is_valid_and_batches_only_when_told_to(tmp_path: Path) -> 
     config = parse(tmp_path / "b", "reward-model")
     assert not config.HasField("dynamic_batching")
     assert not config.input[0].allow_ragged_batch
+
+
+def test_what_triton_would_not_read_is_refused() -> None:
+    with pytest.raises(UserError, match=r"config\.pbtxt: Triton does not read it \(.*max_batch_sise.*\); mend"):
+        model_store.parse_config('name: "rm" max_batch_sise: 3')
 
 
 def test_identity_follows_content_not_place_or_batching(tmp_path: Path) -> None:

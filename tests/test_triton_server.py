@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from helpers_serving import VOCAB, converted_run, save_reward_model, serving_config
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 from tritonclient.utils import InferenceServerException
 
 from pipeline import procs
@@ -23,9 +26,8 @@ from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.run import endpoint
 from pipeline.run.directory import RunDir
-from pipeline.serving import tls, wire
+from pipeline.serving import parity, tls, wire
 from pipeline.serving.client import TritonScorer, connect_scorer
-from pipeline.serving.convert import probe_sequences
 from pipeline.serving.engines import Engine
 from pipeline.serving.sandbox import open_sandbox, prepare
 from pipeline.serving.scorer import LocalScorer
@@ -33,8 +35,26 @@ from pipeline.serving.server import TritonServer, make_spec
 from pipeline.serving.supervisor import Supervisor, supervise
 
 pytestmark = pytest.mark.triton
-POISON = min(set(range(VOCAB)) - {token for sequence in probe_sequences(VOCAB, 128) for token in sequence[:33]})
+POISON = min(set(range(VOCAB)) - {token for sequence in parity.probe_sequences(VOCAB, 128) for token in sequence[:33]})
 """A token that the merging server's rewards do not survive; neither known answers nor `draw` hold it."""
+SMALL_DEVICE = """
+
+_initialize = TritonPythonModel.initialize
+
+
+def _on_a_small_device(self, args):
+    _initialize(self, args)
+
+    def allocate(module, given, named):
+        if named["input_ids"].numel() > 700:
+            raise torch.OutOfMemoryError("no memory for so many tokens")
+
+    self.model.model.base_model.register_forward_pre_hook(allocate, with_kwargs=True)
+
+
+TritonPythonModel.initialize = _on_a_small_device
+"""
+"""Added to the merging server's model.py: its device has memory for 700 tokens, though its budget is 1024."""
 TOKENS = [token for token in range(VOCAB) if token != POISON]
 
 
@@ -76,7 +96,10 @@ def services(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     merging = serving_config(dynamic_batching=True, bind="loopback", dtype="float32")
     run, _ = converted_run(root / "plain", source, plain)
     merging_run, _ = converted_run(root / "merging", source, merging)
-    poison(merging_run.artifact("convert", "model_store") / "reward-model/1/reward_model/model.safetensors")
+    version = merging_run.artifact("convert", "model_store") / "reward-model/1"
+    poison(version / "reward_model/model.safetensors")
+    with (version / "model.py").open("a") as file:
+        file.write(SMALL_DEVICE)
     with (
         supervise(run, plain, engine, [], root / "plain.log", "1", wait=False) as one,
         supervise(merging_run, merging, engine, [], root / "merging.log", "2", wait=False) as other,
@@ -142,6 +165,69 @@ def test_other_clients_do_not_change_a_reward(service: Service, local: LocalScor
     futures = [scorer.submit(call) for call in calls]
     assert [future.result() for future in futures] == expected
     scorer.close()
+
+
+def test_a_call_without_sequences_asks_nothing(service: Service) -> None:
+    scorer = service.scorer()
+    assert scorer.score([]) == []
+    with pytest.raises(ValueError, match="sequence 1 is empty: it has no reward"):
+        scorer.score([[1, 2], []])
+    scorer.close()
+
+
+def test_an_over_long_input_is_scored_by_its_end(service: Service, local: LocalScorer) -> None:
+    scorer, sequence = service.scorer(), draw(1, 3)[0] * 200
+    assert len(sequence) > 128
+    assert scorer.score([sequence]) == local.score([sequence[-128:]])
+    scorer.close()
+
+
+def test_special_tokens_written_out_in_a_text_are_tokens_like_others(service: Service) -> None:
+    folder = service.run.artifact("convert", "model_store") / "reward-model/1/reward_model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = ["ab<pad>cd", "<pad>", "abcd<pad><pad>", "<pad>abcd"]
+    sequences = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    assert sequences[1] == [tokenizer.pad_token_id]
+    assert sequences[2][-1] == tokenizer.eos_token_id
+    scorer, reference = service.scorer(), parity.load_reference(folder, "cpu")
+    expected = [parity.reference_reward(reference, sequence) for sequence in sequences]
+    assert scorer.score(sequences) == pytest.approx(expected, abs=1e-5)
+    scorer.close()
+
+
+def test_requests_of_different_widths_share_executions(merging: Service, local: LocalScorer) -> None:
+    client, replies = wire.open_client(merging.address), []
+    before = client.get_inference_statistics("reward-model").model_stats[0]
+    sequences = [draw(1, seed)[0] for seed in range(60)]
+    assert len({len(sequence) for sequence in sequences}) > 30
+    arrived = threading.Semaphore(0)
+
+    def keep(place: int, result: object, error: object) -> None:
+        replies.append((place, result, error))
+        arrived.release()
+
+    for place, sequence in enumerate(sequences):
+        client.async_infer("reward-model", wire.request_inputs([sequence]), partial(keep, place))
+    assert all(arrived.acquire(timeout=60) for _ in sequences)
+    assert [error for _, _, error in replies if error is not None] == []
+    rewards = {place: wire.read_rewards(result, 1)[0] for place, result, _ in replies}
+    expected = local.score(sequences)
+    assert [rewards[place] for place in range(60)] == pytest.approx(expected, abs=1e-5)
+    after = client.get_inference_statistics("reward-model").model_stats[0]
+    assert after.inference_stats.success.count - before.inference_stats.success.count == 60
+    assert after.execution_count - before.execution_count < 30
+    client.close()
+
+
+def test_a_server_out_of_memory_halves_its_forwards_and_says_so(merging: Service, local: LocalScorer) -> None:
+    scorer, sequences = (
+        merging.scorer(),
+        [(sequence * 64)[:64] for sequence in draw(16, 77)],
+    )  # 1024 tokens, where there is memory for 700
+    assert scorer.score(sequences) == pytest.approx(local.score(sequences), abs=1e-5)
+    scorer.close()
+    log = merging.supervisor._server.log_path.read_text()
+    assert re.search(r"out of memory: forwards now hold at most \d{3} tokens", log)
 
 
 def test_merged_requests_agree_within_rounding(merging: Service, local: LocalScorer) -> None:

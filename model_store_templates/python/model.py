@@ -48,7 +48,9 @@ class TritonPythonModel:
             max_length=int(parameters["max_length"]),
             max_batch_tokens=int(parameters["max_batch_tokens"]),
             max_batch_size=max(1, int(config["max_batch_size"])),
+            attention=parameters["attention"],
         )
+        self.model.warm_up()
         gc.freeze()  # what was imported lives until the end: collecting it would only slow the server's exit down
 
     def execute(self, requests: list[Any]) -> list[Any]:

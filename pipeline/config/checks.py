@@ -26,6 +26,13 @@ def check_sizes(config: Config) -> None:
     """Refuse sizes that cannot work together, before any job is submitted."""
     _check_model(config)
     _check_placement(config)
+    if config.serving.flavour == "torchscript" and config.sandbox.engine in ("venv", "none"):
+        raise ValueError(
+            f"serving.flavour: torchscript is served by a container image, not by sandbox.engine = "
+            f'"{config.sandbox.engine}", which has no PyTorch backend; take a container engine, or flavour python'
+        )
+    if config.serving.attention == "flash_attention_2" and config.serving.dtype == "float32":
+        raise ValueError("serving.attention: flash_attention_2 computes in 16 bits only; use auto, or another dtype")
     generate, train, ppo = config.generate, config.train, config.ppo
     if train.seq_length <= generate.max_new_tokens:
         raise ValueError(

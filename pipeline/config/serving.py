@@ -35,20 +35,23 @@ class Serving(Section):
 
     model_name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The model's name in Triton; default: the checkpoint's last path component, or "reward-model"."""
-    flavour: Literal["python"] = "python"
-    """Triton backend that the store is written for."""
+    flavour: Literal["python", "torchscript"] = "python"
+    """What the store is written for: Triton's Python backend, or its PyTorch backend, which needs no Python."""
+    attention: Literal["auto", "flash_attention_2", "sdpa"] = "auto"
+    """Attention of the flavour python: the package flash_attn, or torch's own; "auto" takes the first where it can."""
     bind: Literal["auto", "unix", "loopback", "network"] = "auto"
     """A socket in a 0700 folder, or TCP with mutual TLS: on 127.0.0.1 or to other nodes; "auto" by placement."""
     grpc_port: int = Field(0, ge=0, le=65535)
     """0 takes a free port; another port must be free."""
     dynamic_batching: bool = True
-    """Merge concurrent requests. Off, a request's rewards do not depend on who else asks: bit-for-bit repeatable."""
+    """Merge concurrent requests, with the flavour python. Off, a request's rewards do not depend on who else asks:
+    bit-for-bit repeatable."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Of the served weights and their arithmetic; rewards are always float32."""
     max_length: int = Field(1024, ge=4)
     """Tokens of the longest sequence that is scored; longer ones lose their beginning."""
     max_batch_tokens: int = Field(8192, ge=16)
-    """Padded tokens that one forward of the reward model may hold."""
+    """Tokens that one forward of the reward model, and one request, may hold."""
     max_batch_size: int = Field(64, ge=1)
     """Sequences that one request, and one forward, may hold."""
     num_threads: int = Field(1, ge=1)

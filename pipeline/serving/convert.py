@@ -5,25 +5,24 @@ python -m pipeline.serving.convert --run RUN --out DIR
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
-import math
-import random
 import shutil
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from pipeline.config.serving import Serving
 from pipeline.errors import UserError, run_command
 from pipeline.run.sources import checkpoint_base_path, reward_model_path
 from pipeline.run.work import Progress, parse_work, write_result
-from pipeline.serving import access, model_store
+from pipeline.serving import access, model_store, parity, torchscript
 from pipeline.serving.prepare import prepared
 from pipeline.serving.scoring import CODE_VERSION, RewardModel
-from pipeline.training.models import load_reward_model
 
 STORE = "model_store"
 
@@ -34,11 +33,17 @@ def main(argv: list[str] | None = None) -> None:
     """Write DIR/model_store and record its identity and how well it agrees with the eager model."""
     run, config, out = parse_work("Convert the reward model into a Triton model store.", argv)
     progress = Progress(out, total=3, every_s=0.0)
-    source, base = reward_model_path(run, config), checkpoint_base_path(run, config)
-    manifest = convert_checkpoint(source, base, out / STORE, config.serving, config.reward_model.checkpoint, progress)
+    source, base, name = (
+        reward_model_path(run, config),
+        checkpoint_base_path(run, config),
+        config.reward_model.checkpoint,
+    )
+    image = config.sandbox.image
+    manifest = convert_checkpoint(source, base, out / STORE, config.serving, name, progress, image)
     values = {
         "identity": manifest.identity,
         "model_name": manifest.model_name,
+        "flavour": manifest.flavour,
         "dtype": manifest.dtype,
         "weights_sha256": manifest.weights_sha256,
         "parity_max_difference": manifest.parity["max_difference"],
@@ -54,10 +59,11 @@ def convert_checkpoint(
     serving: Serving,
     checkpoint: str | None = None,
     progress: Progress | None = None,
+    image: str | None = None,
 ) -> model_store.Manifest:
     """`convert` for any checkpoint that `prepared` reads; `base` has what it lacks of configuration and tokenizer."""
     with prepared(source, base, store.with_name(f"{store.name}.weights")) as folder:
-        return convert(folder, store, serving, checkpoint, progress, origin=source)
+        return convert(folder, store, serving, checkpoint, progress, image, origin=source)
 
 
 def convert(
@@ -66,9 +72,12 @@ def convert(
     serving: Serving,
     checkpoint: str | None = None,
     progress: Progress | None = None,
+    image: str | None = None,
     origin: Path | None = None,
 ) -> model_store.Manifest:
     """Write a model store for the reward model in folder `source` and return its manifest, which names `origin`.
+
+    `image` is what a TorchScript graph shall be served in.
 
     Raises UserError when the model is not a one-label classifier, has missing or unexpected weights or too few
     positions, or when the store's rewards differ from the eager float32 model's by more than is allowed.
@@ -80,26 +89,34 @@ def convert(
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     report(0, "scoring with the eager model")
-    reference_model = load_reference(source, device)
-    sequences = probe_sequences(reference_model.get_input_embeddings().num_embeddings, serving.max_length)
-    reference = [reference_reward(reference_model, sequence) for sequence in sequences]
+    reference_model = parity.load_reference(source, device)
+    sequences = parity.probe_sequences(reference_model.get_input_embeddings().num_embeddings, serving.max_length)
+    reference = [parity.reference_reward(reference_model, sequence) for sequence in sequences]
     del reference_model
 
     report(1, "writing the model store")
     folder = model_store.model_folder(store, name)
     model_store.place_model(source, folder, serving.dtype)
-    identity = model_store.store_identity(folder, serving.dtype, CODE_VERSION)
-    model_store.write_code(store, name, model_store.render_config(serving, name, identity))
+    identity = model_store.store_identity(folder, serving.dtype, CODE_VERSION, serving.flavour)
+    model_store.write_config(store, name, model_store.render_config(serving, name, identity))
+    graph = None
+    if serving.flavour == "torchscript":
+        graph = torchscript.write_graph(folder, serving.dtype, device)
+        if image is not None:
+            torchscript.check_image(image, graph)
+    else:
+        model_store.write_code(store, name)
 
     report(2, "comparing the two")
-    scorer = RewardModel(folder, device, serving.dtype, max_length=serving.max_length)
-    difference, rewards = compare(scorer, sequences, reference)
-    allowed = allowed_difference(serving, reference)
-    logger.info("%s: within %.3g of the eager model (%.3g allowed in %s)", name, difference, allowed, serving.dtype)
-    if not difference <= allowed:  # also true for NaN
+    score = _score_graph(folder, serving, device) if graph is not None else _score_model(folder, serving, device)
+    found = parity.compare(score, sequences, reference)
+    allowed = parity.allowed_difference(serving, reference)
+    logger.info("%s: within %.3g of the eager model (%.3g allowed in %s)", name, found.largest, allowed, serving.dtype)
+    if not found.largest <= allowed:  # also true for NaN
         raise UserError(
             f"serving.parity_tolerance: the model store's rewards differ from the eager model's by up to "
-            f"{difference:.3g} ({allowed:.3g} allowed in {serving.dtype}); use serving.dtype=float32 or raise it"
+            f"{found.largest:.3g} ({found.length} tokens, batch of {found.batch}; {allowed:.3g} allowed in "
+            f"{serving.dtype}); use serving.dtype=float32 or raise it"
         )
     manifest = model_store.Manifest(
         identity=identity,
@@ -107,17 +124,26 @@ def convert(
         source=str(origin or source),
         weights_sha256=model_store.weights_sha256(folder),
         tokenizer_sha256=model_store.tokenizer_sha256(folder),
+        flavour=serving.flavour,
         dtype=serving.dtype,
         max_length=serving.max_length,
         code_version=CODE_VERSION,
         versions=model_store.package_versions(),
-        parity={"max_difference": difference, "allowed": allowed, "sequences": float(len(sequences))},
+        parity={
+            "max_difference": found.largest,
+            "worst_length": float(found.length),
+            "worst_batch": float(found.batch),
+            "mean_difference": found.mean,
+            "allowed": allowed,
+            "sequences": float(len(sequences)),
+        },
         known_answers=[
             model_store.KnownAnswer(sequence, reward)
-            for sequence, reward in zip(sequences, rewards, strict=True)
+            for sequence, reward in zip(sequences, found.rewards, strict=True)
             if len(sequence) <= 33
         ],
         answer_tolerance=allowed,
+        graph=asdict(graph) if graph is not None else None,
     )
     model_store.write_manifest(store, manifest)
     access.seal(store)
@@ -144,51 +170,23 @@ def check_config(source: Path, max_length: int) -> None:
         )
 
 
-def load_reference(source: Path, device: str) -> Any:
-    """The plain eager model in float32; UserError when weights are missing, superfluous or of the wrong shape."""
-    return load_reward_model(source, torch.float32, attention="eager").to(device).eval()
+def _score_model(folder: Path, serving: Serving, device: str) -> parity.Score:
+    """The flavour python's scoring code, one forward a call."""
+    scorer = RewardModel(folder, device, serving.dtype, max_length=serving.max_length, attention=serving.attention)
+    scorer.max_padding = 1.0
+
+    def score(rows: list[list[int]]) -> list[float]:
+        scorer.max_batch_size, scorer.max_batch_tokens = len(rows), len(rows) * max(map(len, rows))
+        return scorer.score(rows)
+
+    return score
 
 
-@torch.inference_mode()
-def reference_reward(model: Any, sequence: Sequence[int]) -> float:
-    """The pooled logit of Hugging Face's own forward for one unpadded sequence, in float32."""
-    # Without a padding token the model pools the last position, whatever token stands there.
-    model.config.get_text_config().pad_token_id = None
-    input_ids = torch.tensor([list(sequence)], device=model.device)  # (1, T)
-    return float(model(input_ids=input_ids, use_cache=False).logits[0, 0])
-
-
-def probe_sequences(vocab_size: int, max_length: int) -> list[list[int]]:
-    """Sequences of lengths 1, 2, odd, even and the maximum, of tokens drawn with a fixed seed."""
-    draw = random.Random(20220816)
-    lengths = sorted({min(length, max_length) for length in (1, 2, 3, 7, 12, 33, 65, max_length // 2 + 1, max_length)})
-    return [[draw.randrange(vocab_size) for _ in range(length)] for length in lengths]
-
-
-def compare(
-    scorer: RewardModel, sequences: Sequence[Sequence[int]], reference: Sequence[float]
-) -> tuple[float, list[float]]:
-    """Score in batches of 1, 2, 3 and all; return the largest difference from `reference`, and the last rewards."""
-    largest = 0.0
-    rewards: list[float] = []
-    for size in (1, 2, 3, len(sequences)):
-        scorer.max_batch_size, scorer.max_batch_tokens = size, size * max(map(len, sequences))
-        rewards = scorer.score(sequences)
-        differences = [abs(a - b) for a, b in zip(rewards, reference, strict=True)]
-        largest = max([largest, *differences]) if all(map(math.isfinite, differences)) else math.nan
-    return largest, rewards
-
-
-def allowed_difference(serving: Serving, reference: Sequence[float]) -> float:
-    """The tolerance in reward units: `parity_tolerance`; for 16-bit dtypes plus 16 units in the last place.
-
-    A unit in the last place is the dtype's epsilon (2**-7 for bfloat16, 2**-10 for float16) times the largest
-    reference reward, or times 1 if that is smaller: the rounding that a deep model may pile up.
-    """
-    if serving.dtype == "float32":
-        return serving.parity_tolerance
-    epsilon = float(torch.finfo(getattr(torch, serving.dtype)).eps)
-    return serving.parity_tolerance + 16 * epsilon * max(1.0, *map(abs, reference))
+def _score_graph(folder: Path, serving: Serving, device: str) -> parity.Score:
+    gc.collect()  # a traced model is in cycles with its graph: it would stay beside the one that is loaded now
+    vocab_size = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().vocab_size
+    file = torchscript.graph_file(folder)
+    return torchscript.GraphModel(file, device, vocab_size, serving.max_length).score
 
 
 def _no_progress(step: int, note: str = "") -> None:

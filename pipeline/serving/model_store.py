@@ -3,9 +3,12 @@
 model_store/
   manifest.json                identity, source, parity figures, known answers
   <name>/config.pbtxt
+  <name>/1/reward_model/       the Hugging Face folder, safetensors in the served dtype
+  with the flavour python:
   <name>/1/model.py            the Python backend's entry, from model_store_templates/
   <name>/1/scoring.py          pipeline/serving/scoring.py, verbatim
-  <name>/1/reward_model/       the Hugging Face folder, safetensors in the served dtype
+  with the flavour torchscript:
+  <name>/1/model.pt            the graph; scoring in process takes reward_model/
 """
 
 from __future__ import annotations
@@ -71,10 +74,14 @@ class Manifest:
     code_version: int
     versions: dict[str, str]
     parity: dict[str, float]
-    """"max_difference" and "allowed" (reward units), "sequences" compared."""
+    """"max_difference", at "worst_length" in a batch of "worst_batch", "mean_difference" and "allowed" (reward units);
+    "sequences" compared."""
     known_answers: list[KnownAnswer]
     answer_tolerance: float
     """How far a healthy server may be from a known answer."""
+    flavour: str = "python"
+    graph: dict[str, Any] | None = None
+    """What a TorchScript graph needs of the libtorch that loads it."""
 
 
 def read_manifest(store: Path) -> Manifest:
@@ -122,22 +129,54 @@ def model_name(serving: Serving, checkpoint: str | None) -> str:
 
 def render_config(serving: Serving, name: str, identity: str) -> str:
     """The model's config.pbtxt."""
-    template = Template((resource_dir("model_store_templates") / "python" / "config.pbtxt").read_text("utf-8"))
+    template = Template((resource_dir("model_store_templates") / serving.flavour / "config.pbtxt").read_text("utf-8"))
     # Without a queue policy on purpose: any of its options makes this server's batcher sleep between batches.
     batching = "dynamic_batching { max_queue_delay_microseconds: 2000 }" if serving.dynamic_batching else ""
-    return template.substitute(
+    text = template.substitute(
         name=name,
         identity=identity,
         max_batch_size=serving.max_batch_size,
         # Requests of different widths may meet in one execution; model.py packs their rows itself.
         ragged=" allow_ragged_batch: true" if serving.dynamic_batching else "",
         dynamic_batching=batching,
+        warm_up=",\n".join(_warm_up_sample(*shape) for shape in warm_up_shapes(serving)),
         dtype=serving.dtype,
+        attention=serving.attention,
         max_length=serving.max_length,
         max_batch_tokens=serving.max_batch_tokens,
         num_threads=serving.num_threads,
         **package_versions(),
     )
+    parse_config(text)
+    return text
+
+
+def parse_config(text: str) -> Any:
+    """A config.pbtxt as Triton's own ModelConfig message; UserError for what Triton would not read."""
+    from google.protobuf import text_format
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    try:
+        return text_format.Parse(text, ModelConfig())
+    except text_format.ParseError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"config.pbtxt: Triton does not read it ({reason}); mend model_store_templates") from error
+
+
+def warm_up_shapes(serving: Serving) -> list[tuple[int, int]]:
+    """Full batches (rows, length) of each length that is half of the one before, longest first."""
+    longest = min(serving.max_length, serving.max_batch_tokens)
+    lengths = [longest >> shift for shift in range(longest.bit_length())]
+    return [(min(serving.max_batch_size, serving.max_batch_tokens // length), length) for length in lengths]
+
+
+def _warm_up_sample(rows: int, length: int) -> str:
+    inputs = {"input_ids": length, "lengths": 1}
+    values = " ".join(
+        f'inputs {{ key: "{name}" value {{ data_type: TYPE_INT32 dims: [ {size} ] zero_data: true }} }}'
+        for name, size in inputs.items()
+    )
+    return f'  {{ name: "{rows}x{length}" batch_size: {rows} {values} }}'
 
 
 def package_versions() -> dict[str, str]:
@@ -145,11 +184,15 @@ def package_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
 
 
-def write_code(store: Path, name: str, config_text: str) -> None:
-    """Write config.pbtxt, model.py and scoring.py."""
+def write_config(store: Path, name: str, text: str) -> None:
+    """Write config.pbtxt."""
+    atomic.write_text(store / name / "config.pbtxt", text)
+
+
+def write_code(store: Path, name: str) -> None:
+    """Write model.py and scoring.py, which serve the flavour python."""
     version = store / name / VERSION
     model_py = resource_dir("model_store_templates") / "python" / "model.py"
-    atomic.write_text(store / name / "config.pbtxt", config_text)
     atomic.write_bytes(version / "model.py", model_py.read_bytes())
     atomic.write_bytes(version / "scoring.py", Path(__file__).with_name("scoring.py").read_bytes())
 
@@ -193,11 +236,12 @@ def tokenizer_sha256(folder: Path) -> str:
     return _files_sha256([folder / name for name in TOKENIZER_FILES if (folder / name).is_file()])
 
 
-def store_identity(folder: Path, dtype: str, code_version: int) -> str:
-    """What makes two stores give the same rewards: weights, architecture, tokenizer, dtype and code."""
+def store_identity(folder: Path, dtype: str, code_version: int, flavour: str = "python") -> str:
+    """What makes two stores give the same rewards: weights, architecture, tokenizer, dtype, code and flavour."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config.pop("transformers_version", None)
-    return fingerprint([weights_sha256(folder), config, tokenizer_sha256(folder), dtype, code_version])
+    parts = [weights_sha256(folder), config, tokenizer_sha256(folder), dtype, code_version, flavour]
+    return fingerprint(parts)
 
 
 def _files_sha256(files: list[Path]) -> str:

@@ -21,17 +21,13 @@ from pipeline.containers import advisories, images, packages
 from pipeline.containers.command import Bind, choose_engine, docker_argv, exec_argv, exec_environment
 from pipeline.containers.images import Note
 from pipeline.containers.source import Source, parse_source
-from pipeline.containers.steps import last_line
 from pipeline.errors import UserError, run_command
 from pipeline.run import atomic, owner
 from pipeline.run.build_cache import MANIFEST, cached
 from pipeline.run.hashing import fingerprint
 from pipeline.run.work import Progress, forced, parse_work, write_result
-from pipeline.serving import environment
+from pipeline.serving import environment, image_checks
 from pipeline.serving.engines import Apptainer, Docker, Engine
-
-_CHECK_S = 600.0
-"""A .sif file that cannot be mounted is unpacked for each command: that takes minutes."""
 
 _UNPACKED = "hh-image-"
 
@@ -69,6 +65,11 @@ def prepare(
     if engine == "none":
         raise UserError('sandbox.engine: "none" starts no server and needs no sandbox; leave this stage out of `all`')
     if engine == "venv":
+        if config.serving.flavour == "torchscript":
+            raise UserError(
+                "serving.flavour: torchscript is served by a container image; sandbox.engine found none and came to "
+                '"venv", which has no PyTorch backend; install Apptainer, or use flavour python'
+            )
         values = _prepare_venv(config, log, note)
     else:
         values = _prepare_container(config, engine, log, note, fresh, fetched or {})
@@ -105,7 +106,7 @@ def fetch(
         fetched["digest"] = images.make(source, engine, _as_folder(config), cache, log, note).digest
     else:
         fetched["digest"] = images.fetch(source, cache, note, fresh)
-    if config.sandbox.packages == "trainer":
+    if packages_bound(config):
         note("fetching the server's Python packages")
         pins, python = environment.package_pins(config.sandbox.python), config.sandbox.python
         fetched["packages"] = str(packages.install(pins, python, cache, log)[0])
@@ -223,17 +224,20 @@ def _prepare_container(
     source = _as_fetched(parse_source(settings.image), fetched)
     image = images.make(source, engine, _as_folder(config), cache, log, note, fresh)
     site, installed = None, False
-    if settings.packages == "trainer":
+    if packages_bound(config):
         note("looking for the server's Python packages")
         site, installed = packages.install(environment.package_pins(settings.python), settings.python, cache, log)
     note("checking the image")
     inside = inside_argv(image, site)
-    found = check_image(inside, settings.python if site else None)
+    if config.serving.flavour == "torchscript":
+        found = image_checks.check_backend(inside)
+    else:
+        found = image_checks.check_image(inside, settings.python if site else None)
     if site is not None and installed:
         note("compiling the packages")
         argv = [*inside_argv(image, site, writable=True), *packages.compile_argv()]
         # Its status says nothing: some packages have files for other Pythons. What is not compiled serves all the same.
-        procs.capture(argv, env=exec_environment(os.environ, {}), timeout_s=_CHECK_S)
+        procs.capture(argv, env=exec_environment(os.environ, {}), timeout_s=image_checks.CHECK_S)
     return {
         "path": image.file,
         "image": source.text,
@@ -252,43 +256,17 @@ def _as_folder(config: Config) -> bool:
     return config.sandbox.format == "sandbox" and not config.sandbox.unpack_on_node
 
 
+def packages_bound(config: Config) -> bool:
+    """Whether the trainer's torch and transformers are bound into the container: a graph is served without Python."""
+    return config.sandbox.packages == "trainer" and config.serving.flavour == "python"
+
+
 def inside_argv(image: images.Image, site: Path | None, writable: bool = False) -> list[str]:
     """What stands before a command that shall run in the image as the server does, without GPUs and network."""
     binds = [Bind(site, packages.IN_CONTAINER, writable)] if site else []
     if image.engine == "docker":
         return docker_argv(image.file, binds, (), network=False, user=f"{os.getuid()}:{os.getgid()}")
     return exec_argv(image.engine, image.file, binds, gpus=False, own_environment=True)
-
-
-def check_image(inside: list[str], python: str | None) -> dict[str, Any]:
-    """Run the image's server and Python once; returns their versions, and whether the server can close parts of its
-    service (`closes`). UserError when they cannot serve.
-
-    `python` is the minor version that packages were bound in for; None where the image brings its own.
-    """
-    env = exec_environment(os.environ, {})
-    status, text = procs.capture([*inside, "tritonserver", "--help"], env=env, timeout_s=_CHECK_S)
-    if "--model-repository" not in text:  # asked for help, it exits with status 1
-        fuse = "; take sandbox.format=sandbox, or sandbox.unpack_on_node=true" if "fuse" in text.lower() else ""
-        raise UserError(f"sandbox.image: tritonserver does not run in it: {last_line(text)}{fuse}")
-    closes = "--grpc-restricted-protocol" in text
-    version = "import sys; print('%d.%d' % sys.version_info[:2])"
-    status, text = procs.capture([*inside, "python3", "-c", version], env=env, timeout_s=_CHECK_S)
-    found = text.split()[-1] if status == 0 and text.split() else ""
-    if not found:
-        raise UserError(f"sandbox.image: it has no python3 that runs: {last_line(text)}")
-    if python is not None and found != python:
-        raise UserError(f'sandbox.python: the image has Python {found}, not {python}; set sandbox.python="{found}"')
-    path = f"import sys; sys.path.insert(0, {packages.IN_CONTAINER!r}); " if python is not None else ""
-    status, text = procs.capture(
-        [*inside, "python3", "-c", f"{path}import numpy, torch, transformers"], env=env, timeout_s=_CHECK_S
-    )
-    if status != 0:
-        remedy = "use sandbox.packages=trainer" if python is None else "take a newer image, or another sandbox.python"
-        raise UserError(f"sandbox.image: its Python cannot import torch and transformers: {last_line(text)}; {remedy}")
-    status, text = procs.capture([*inside, "printenv", "TRITON_SERVER_VERSION"], env=env, timeout_s=_CHECK_S)
-    server = text.split()[-1] if status == 0 and text.split() else "unknown"
-    return {"python": found, "tritonserver": server, "closes": closes}
 
 
 def _venv_name(pins: list[str]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.config.serving import Serving
-from pipeline.serving.scoring import RewardModel, pack
+from pipeline.serving.scoring import MAX_PADDING, RewardModel, fill, pack
 from pipeline.serving.wire import check_finite
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class BatchScorer(ABC):
         if self._closed.is_set():
             raise RuntimeError("the scorer is closed")
         rows = clip(sequences, self._serving.max_length)
-        batches = pack([len(row) for row in rows], self._serving.max_batch_tokens, self._serving.max_batch_size)
+        batches = cut([len(row) for row in rows], self._serving)
         call = _Call(rows, [0.0] * len(rows), len(batches))
         call.future.set_running_or_notify_cancel()  # from now on it cannot be cancelled
         if not batches:
@@ -144,6 +144,7 @@ class LocalScorer(BatchScorer):
             max_length=serving.max_length,
             max_batch_tokens=serving.max_batch_tokens,
             max_batch_size=serving.max_batch_size,
+            attention=serving.attention,
         )
         super().__init__(serving, identity, workers=1)
 
@@ -151,6 +152,13 @@ class LocalScorer(BatchScorer):
         rewards = self._model.score(rows)
         check_finite(rewards)
         return rewards
+
+
+def cut(lengths: Sequence[int], serving: Serving) -> list[list[int]]:
+    """How a call is cut into requests: a graph computes a request's padding as well, the flavour python does not."""
+    if serving.flavour == "torchscript":
+        return pack(lengths, serving.max_batch_tokens, serving.max_batch_size, MAX_PADDING)
+    return fill(lengths, serving.max_batch_tokens, serving.max_batch_size)
 
 
 def clip(sequences: Sequence[Sequence[int]], max_length: int) -> list[list[int]]:

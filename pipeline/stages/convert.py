@@ -10,13 +10,13 @@ from pipeline.stages.base import Context, Stage, Work, model_identity, module_co
 
 _STORE_SETTINGS = {
     *("model_name", "flavour", "dynamic_batching", "dtype", "max_length", "max_batch_tokens", "max_batch_size"),
-    *("num_threads", "parity_tolerance"),
+    *("num_threads", "parity_tolerance", "attention"),
 }
 
 
 class Convert(Stage):
     name = "convert"
-    version = 2
+    version = 3
 
     def settings(self, context: Context) -> dict[str, Any]:
         config = context.config
@@ -25,6 +25,8 @@ class Convert(Stage):
             settings["reward_model"] = model_identity(context, "reward_model")
         if "checkpoint_base" in models_of(config):
             settings["checkpoint_base"] = model_identity(context, "checkpoint_base")
+        if config.serving.flavour == "torchscript":
+            settings["image"] = config.sandbox.image  # what the graph must load in
         return settings
 
     def needs(self, config: Config) -> tuple[str, ...]:

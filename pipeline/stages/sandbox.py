@@ -66,6 +66,8 @@ def image_settings(context: Context) -> dict[str, Any]:
     digest = content_digest(parse_source(settings.image), context.hashes)
     if digest is not None:
         found["image_sha256"] = digest
-    if settings.packages == "trainer":
+    if context.config.serving.flavour == "torchscript":
+        found["flavour"] = "torchscript"  # needs other things of an image, and no packages
+    elif settings.packages == "trainer":
         found["requirements"] = environment.package_pins(settings.python)
     return found
