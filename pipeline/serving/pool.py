@@ -117,10 +117,12 @@ class ServerPool:
                     return link
                 if self._broken is not None:
                     raise self._broken
-                if self._servers and all(server.refusal for server in self._servers):
-                    raise UserError(self._servers[0].refusal)
+                refusals = [server.refusal for server in self._servers if server.refusal is not None]
                 waited_s = time.monotonic() - since
-                if waited_s >= patience_s and not self._expected():
+                patient = waited_s < patience_s or self._expected()
+                if refusals and (len(refusals) == len(self._servers) or not patient):
+                    raise UserError(refusals[0])
+                if not patient:
                     raise UserError(
                         f"{self._where}: no reward server answers there since {waited_s:.0f} s ({self._fault}); "
                         "check TRITON_HOST and the server's log"
@@ -216,6 +218,8 @@ class ServerPool:
         except Exception as error:  # handed to whoever asks for rewards and has no server
             self._broken, fault = error, str(error)
         with self._changed:
+            if server.lost and refusal not in (None, server.refusal):
+                logger.warning("%s", refusal)
             server.trying, server.refusal = False, refusal
             if link is not None and (self._closed or server not in self._servers):
                 link.client.close()
