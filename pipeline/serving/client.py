@@ -146,9 +146,17 @@ class TritonScorer(BatchScorer):
 
         gRPC connects anew by itself, so another server may have answered than the one that was examined.
         """
-        rewards = wire.infer(link.client, link.address.model, rows, self._serving.request_timeout_s)
-        probe_s = min(PROBE_S, self._serving.request_timeout_s)
-        if wire.served_parameters(link.client, link.address.model, probe_s).get("identity") != link.identity:
+        model, timeout_s = link.address.model, self._serving.request_timeout_s
+        try:
+            rewards = wire.infer(link.client, model, rows, timeout_s)
+            served = wire.served_parameters(link.client, model, min(PROBE_S, timeout_s)).get("identity")
+        except UserError as error:
+            raise UserError(f"{link.address}: {error}") from error
+        except ValueError as error:
+            if self._closed.is_set():  # gRPC's word for a closed connection
+                raise RuntimeError("the scorer was closed") from error
+            raise
+        if served != link.identity:
             raise InferenceServerException("another model has taken its place", status="StatusCode.UNAVAILABLE")
         return rewards
 

@@ -155,20 +155,21 @@ class ServerPool:
         with self._changed:
             self._closed = True
             links = self._dropped + [server.link for server in self._servers if server.link is not None]
+            self._servers, self._dropped = [], []  # a client that lives on to the interpreter's end complains there
             self._changed.notify_all()
         for link in links:
             link.client.close()
 
-    def _failed(self, server: _Server, fault: str) -> None:
-        """Note a failure, and when to try again. Only the first of an outage is logged."""
+    def _failed(self, server: _Server, fault: str, refusal: str | None = None) -> None:
+        """Note a failure, and when to try again. Of an outage only the first is logged, and what it turns out to be."""
         self._where, self._fault = str(server.place.address), fault
         server.try_at = time.monotonic() + server.pause_s * random.uniform(0.5, 1.0)
         server.pause_s = min(_LONGEST_PAUSE_S, server.pause_s * 2)
-        if not server.lost:
-            server.lost = True
+        if not server.lost or refusal not in (None, server.refusal):
             others = sum(one.link is not None for one in self._servers)
-            rest = f"{others} other(s) go on" if others else "trying again"
-            logger.warning("%s: no reward server answers (%s); %s", server.place.address, fault, rest)
+            line = refusal or f"{server.place.address}: no reward server answers ({fault})"
+            logger.warning("%s; %s", line, f"{others} other(s) go on" if others else "trying again")
+        server.lost, server.refusal = True, refusal
         self._changed.notify_all()
 
     def _keep_watch(self) -> None:
@@ -198,6 +199,8 @@ class ServerPool:
         """Go by the places that are known now; while none is, those known before stay."""
         if not places or places == [server.place for server in self._servers]:
             return
+        if not self._servers:
+            self._where, self._fault = str(places[0].address), "it has not answered yet"
         known = {server.place: server for server in self._servers}
         self._servers = [known.pop(place) if place in known else _Server(place) for place in places]
         for server in known.values():
@@ -208,25 +211,23 @@ class ServerPool:
 
     def _try(self, server: _Server) -> None:
         """Connect to a server and see whether it will do."""
-        link, refusal, fault = None, None, ""
+        link, fault, refusal = None, "", None
         try:
             link = self._open_link(server.place.address)
         except UserError as error:
-            refusal = fault = str(error)
+            fault = refusal = str(error)
         except InferenceServerException as error:
             fault = wire.error_line(error)
         except Exception as error:  # handed to whoever asks for rewards and has no server
             self._broken, fault = error, str(error)
         with self._changed:
-            if server.lost and refusal not in (None, server.refusal):
-                logger.warning("%s", refusal)
-            server.trying, server.refusal = False, refusal
+            server.trying = False
             if link is not None and (self._closed or server not in self._servers):
                 link.client.close()
             elif link is not None:
                 if server.lost:
                     logger.info("%s: the reward server answers again", server.place.address)
-                server.link, server.lost = link, False
+                server.link, server.lost, server.refusal = link, False, None
             else:
-                self._failed(server, fault)
+                self._failed(server, fault, refusal)
             self._changed.notify_all()
