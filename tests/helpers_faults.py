@@ -23,7 +23,7 @@ from helpers_serving import VOCAB
 from pipeline.config.load import read_config
 from pipeline.run import endpoint
 from pipeline.run.directory import Artifact, Outputs, RunDir
-from pipeline.serving import wire
+from pipeline.serving import tls, wire
 from pipeline.serving.client import TritonScorer, connect_scorer
 from pipeline.serving.engines import Engine
 from pipeline.serving.model_store import KnownAnswer, read_manifest, write_manifest
@@ -116,7 +116,7 @@ class Running:
         manifest, now = read_manifest(self.store), time.time()
         found = endpoint.Endpoint(
             self.server.triton_host, manifest.model_name, "1", manifest.identity, "1", os.uname().nodename,
-            self.server.pid, started=now, heartbeat=now, index=index,
+            self.server.pid, started=now, heartbeat=now, index=index, tls=self.server.address.tls or "",
         )  # fmt: skip
         endpoint.publish(run, found)
         return self
@@ -141,7 +141,8 @@ class Running:
 def start(engine: Engine, run: RunDir, store: Path, log: Path, port: int = 0) -> Running:
     """Start a server on a port of loopback; it is not ready yet."""
     serving = read_config(run.root).serving.model_copy(update={"bind": "loopback", "grpc_port": port})
-    server = TritonServer(engine, make_spec(serving, store, []), read_manifest(store).model_name, log, os.environ)
+    spec = make_spec(serving, store, [], tls.ensure(run.endpoint.parent / "tls"))
+    server = TritonServer(engine, spec, read_manifest(store).model_name, log, os.environ)
     server.start()
     return Running(server, store)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from pipeline.run import endpoint
 from pipeline.run.directory import RunDir
 from pipeline.serving import client, pool, wire
 from pipeline.serving.client import TritonScorer, connect_scorer, is_retriable
-from pipeline.serving.known import Reference
+from pipeline.serving.known import Reference, run_reference
 from pipeline.serving.model_store import KnownAnswer
 from pipeline.serving.pool import Place
 from pipeline.serving.scorer import LocalScorer
@@ -364,3 +365,13 @@ def test_a_published_server_is_used_while_it_shows_life(
     late = connect_scorer(run, config, {}, device="cpu")
     assert isinstance(late, LocalScorer)
     late.close()
+
+
+def test_what_is_known_of_the_right_model_is_what_the_run_still_has_of_its_conversion(tmp_path: Path) -> None:
+    assert run_reference(RunDir(tmp_path)) == Reference()
+    run, manifest = converted_run(tmp_path / "run", save_reward_model(tmp_path / "rm"), serving_config())
+    whole = run_reference(run)
+    assert (whole.identity, whole.tolerance) == (manifest.identity, manifest.answer_tolerance)
+    assert list(whole.answers) == manifest.known_answers
+    shutil.rmtree(tmp_path / "run/model_store")  # purged, while a server elsewhere goes on
+    assert run_reference(run) == Reference(manifest.identity)

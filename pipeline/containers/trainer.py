@@ -57,6 +57,7 @@ def _folders(run: RunDir, config: Config, env: Mapping[str, str]) -> list[Path]:
     """What a work reads and writes outside of its image."""
     named = [config.model.path, config.model.tokenizer_path, config.data.source, config.reward_model.checkpoint]
     named += [env.get("TMPDIR"), env.get("HF_HOME"), env.get("HF_HUB_CACHE"), env.get("HH_DATA"), config.cluster.cache]
+    named.append(config.serving.baseline_cache)
     # A snapshot's files are links to those beside it.
     fetched = [Path(pin.folder).parents[1] for pin in pins(run).values()]
     return [run.root, _CODE, *fetched, *(Path(name) for name in named if name and os.path.isabs(name))]
