@@ -106,6 +106,12 @@ def test_ten_thousand_samples_of_eight_processes_are_neither_lost_nor_swapped_no
     assert min(shares) > 100  # both took part, in more than known answers
 
 
+def test_a_servers_model_keeps_the_memory_that_a_forward_frees(pair: tuple[Running, Running]) -> None:
+    for pid in procs.session_pids(pair[0].server.pid):
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        assert b"MALLOC_TRIM_THRESHOLD_=2147483647" in variables
+
+
 def test_a_slow_answer_is_asked_for_again(stage: Stage, pair: tuple[Running, Running]) -> None:
     scorer = scorer_of(stage.run, request_timeout_s=0.5)
     pair[0].fail(seconds=1.5)
