@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -16,13 +18,19 @@ from tritonclient.utils import InferenceServerException
 from pipeline.errors import UserError
 from pipeline.run import endpoint
 from pipeline.run.directory import RunDir
-from pipeline.serving import client, wire
+from pipeline.serving import client, pool, wire
 from pipeline.serving.client import TritonScorer, connect_scorer, is_retriable
+from pipeline.serving.known import Reference, run_reference
+from pipeline.serving.model_store import KnownAnswer
+from pipeline.serving.pool import Place
 from pipeline.serving.scorer import LocalScorer
 from pipeline.serving.scoring import RewardModel
 
-HERE = wire.Address("127.0.0.1:1", "rm")
+HERE, THERE = wire.Address("127.0.0.1:1", "rm"), wire.Address("127.0.0.1:2", "rm")
 Infer = Callable[[Sequence[Sequence[int]]], list[float]]
+
+
+KNOWN = (KnownAnswer([1, 2, 3], 6.0), KnownAnswer([4], 4.0))
 
 
 class FakeServer:
@@ -30,40 +38,65 @@ class FakeServer:
 
     def __init__(self) -> None:
         self.identity: str | None = "abc"
+        self.offset = 0.0
         self.faults: list[InferenceServerException] = []
+        self.down: set[str] = set()
+        """Urls at which nobody answers."""
         self.requests: list[list[list[int]]] = []
+        self.asked: list[str] = []
+        """The url of each request that was answered."""
         self.connected_to: list[str] = []
+        self.closed: list[str] = []
 
     def open_client(self, address: wire.Address) -> Any:
         self.connected_to.append(str(address))
-        return FakeClient()
+        return FakeClient(self, address.url)
 
-    def served_identity(self, _client: Any, _model: str, _timeout: float) -> str | None:
-        return self.identity
+    def served_parameters(self, client: Any, _model: str, _timeout: float) -> dict[str, str]:
+        self.check(client)
+        return {"dtype": "float32", **({"identity": self.identity} if self.identity else {})}
 
-    def infer(self, _client: Any, _model: str, rows: list[list[int]], _timeout: float) -> list[float]:
-        if self.faults:
+    def infer(self, client: Any, _model: str, rows: list[list[int]], _timeout: float) -> list[float]:
+        self.check(client)
+        known = any(row == answer.tokens for row in rows for answer in KNOWN)
+        if self.faults and not known:
             raise self.faults.pop(0)
-        self.requests.append(rows)
-        return [float(sum(row)) for row in rows]
+        if not known:
+            self.requests.append(rows)
+            self.asked.append(client.url)
+        return [float(sum(row)) + self.offset for row in rows]
+
+    def check(self, client: Any) -> None:
+        if client.url in self.down:
+            raise fault("UNAVAILABLE", "nobody is there")
 
 
 class FakeClient:
+    def __init__(self, server: FakeServer, url: str) -> None:
+        self.server, self.url = server, url
+
     def close(self) -> None:
-        pass
+        self.server.closed.append(self.url)
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
     fake = FakeServer()
-    for name in ("open_client", "served_identity", "infer"):
+    for name in ("open_client", "served_parameters", "infer"):
         monkeypatch.setattr(wire, name, getattr(fake, name))
-    monkeypatch.setattr(client, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(pool, "_LONGEST_PAUSE_S", 0.02)
+    monkeypatch.setattr(pool, "LOOK_S", 0.02)
     yield fake
 
 
 def scorer(identity: str | None = None, **serving: Any) -> TritonScorer:
-    return TritonScorer(lambda: HERE, serving_config(**serving).serving, identity)
+    return at(HERE, identity=identity, **serving)
+
+
+def at(*addresses: wire.Address, identity: str | None = None, **serving: Any) -> TritonScorer:
+    """A client of the servers at `addresses`."""
+    places = [Place(address) for address in addresses]
+    return TritonScorer(lambda: places, serving_config(**serving).serving, Reference(identity, KNOWN, 1e-3))
 
 
 def fault(status: str, message: str = "x") -> InferenceServerException:
@@ -133,12 +166,15 @@ def test_only_what_a_restart_explains_is_retried(status: str, message: str, retr
 
 
 def test_a_passing_outage_is_waited_out_and_the_server_is_looked_up_again(server: FakeServer) -> None:
-    places = [HERE, wire.Address("127.0.0.1:2", "rm")]
-    moved = TritonScorer(lambda: places[0], serving_config().serving, "abc")
-    places.pop(0)
+    places = [Place(HERE)]
+    moved = TritonScorer(lambda: places, serving_config().serving, Reference("abc", KNOWN))
     server.faults = [fault("UNAVAILABLE"), fault("INTERNAL", "Stub process is not healthy")]
     assert moved.score([[1, 2], [3]]) == [3.0, 3.0]
-    assert server.connected_to == ["127.0.0.1:1/rm", "127.0.0.1:2/rm", "127.0.0.1:2/rm"]
+    assert server.connected_to == ["127.0.0.1:1/rm"] * 3  # anew after each fault
+    places[:] = [Place(THERE)]
+    server.down = {HERE.url}
+    assert moved.score([[5]]) == [5.0]
+    assert server.asked[-1] == THERE.url
     moved.close()
 
 
@@ -155,8 +191,31 @@ def test_other_errors_fail_at_once_with_one_line(server: FakeServer) -> None:
 def test_patience_ends(server: FakeServer) -> None:
     asked = scorer(retry_timeout_s=0.05)
     server.faults = [fault("UNAVAILABLE", "Socket closed")] * 100
-    with pytest.raises(UserError, match=r"no reward server answers there since .* \(UNAVAILABLE: Socket closed\)"):
+    with pytest.raises(UserError, match=r"no reward .*UNAVAILABLE: Socket closed\)"):
+        asked.score([[1], [2]])
+    server.down = {HERE.url}
+    with pytest.raises(UserError, match=r"no reward server answers there since .* \(UNAVAILABLE: nobody is there\)"):
         asked.score([[1]])
+    asked.close()
+
+
+def test_a_request_that_ends_each_server_it_meets_is_given_up_though_servers_are_expected(server: FakeServer) -> None:
+    serving = serving_config(retry_timeout_s=60).serving
+    asked = TritonScorer(lambda: [Place(HERE)], serving, Reference("abc", KNOWN), expected=lambda: True)
+    server.faults = [fault("INTERNAL", "Stub process is not healthy")] * 100
+    with pytest.raises(UserError, match="1 sequences got no reward in 10 tries"):
+        asked.score([[1]])
+    asked.close()
+
+
+def test_a_request_too_large_for_the_servers_memory_is_asked_for_in_halves(server: FakeServer) -> None:
+    asked = scorer()
+    server.faults = [fault("INTERNAL", "CUDA out of memory. Tried to allocate"), fault("INTERNAL", "OutOfMemoryError")]
+    assert asked.score([[9, row] for row in range(7)]) == [9.0 + row for row in range(7)]
+    assert sorted(map(len, server.requests)) == [2, 2, 3]
+    server.faults = [fault("INTERNAL", "out of memory")] * 10
+    with pytest.raises(UserError, match=r"refused: .* even alone, a sequence of 2 tokens does not fit"):
+        asked.score([[1, 9], [2, 9]])
     asked.close()
 
 
@@ -168,6 +227,62 @@ def test_another_reward_model_is_refused(server: FakeServer) -> None:
     with pytest.raises(UserError, match=r"another reward model \(without an identity\)"):
         scorer("def")
     assert scorer(None).identity is None
+
+
+def test_a_server_that_answers_known_questions_wrongly_is_refused(server: FakeServer) -> None:
+    server.offset = 0.01
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:1/rm: rewards are off by 0\.01 from the known answers \(0\.001"):
+        scorer("abc")
+
+
+def test_another_model_behind_the_same_connection_gives_no_reward(server: FakeServer) -> None:
+    asked = scorer("abc")
+    server.identity = "def"  # gRPC connects to the new server by itself, and nothing fails
+    with pytest.raises(UserError, match="serves another reward model"):
+        asked.score([[1]])
+    asked.close()
+
+
+def test_a_foreign_server_is_held_to_the_answers_that_it_gave_first(server: FakeServer) -> None:
+    asked = TritonScorer(lambda: [Place(HERE)], serving_config().serving)
+    assert (asked.identity, asked.score([[7]])) == ("abc", [7.0])
+    server.faults, server.offset = [fault("UNAVAILABLE")], 0.5
+    with pytest.raises(UserError, match=r"rewards are off by 0\.5 from the known answers"):
+        asked.score([[7]])
+    asked.close()
+
+
+def test_servers_share_the_load_and_one_that_fails_is_taken_back_once_it_answers(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = at(HERE, THERE, identity="abc", max_batch_size=1, max_in_flight=2)
+    eventually(lambda: len(server.connected_to) == 2)
+    inside = threading.Barrier(2, timeout=20)
+    infer = wire.infer
+
+    def together(*arguments: Any) -> list[float]:
+        inside.wait()
+        return infer(*arguments)
+
+    def urls(count: int) -> set[str]:
+        assert asked.score([[9]] * count) == [9.0] * count
+        return set(server.asked[-count:])
+
+    monkeypatch.setattr(wire, "infer", together)  # two at a time: the second goes where there is less to do
+    assert urls(8) == {HERE.url, THERE.url}
+    monkeypatch.setattr(wire, "infer", infer)
+    server.down = {THERE.url}
+    assert urls(8) == {HERE.url}
+    server.down = set()
+    eventually(lambda: THERE.url in urls(8))
+    asked.close()
+
+
+def eventually(holds: Callable[[], bool], limit_s: float = 20.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 class Reply:
@@ -229,9 +344,13 @@ def test_without_a_server_rewards_are_computed_here(tmp_path: Path) -> None:
     local.close()
 
 
-def test_a_published_server_is_used_while_it_shows_life(server: FakeServer, tmp_path: Path) -> None:
+def test_a_published_server_is_used_while_it_shows_life(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, config = save_reward_model(tmp_path / "rm"), serving_config()
     run, manifest = converted_run(tmp_path / "run", source, config)
+    monkeypatch.setattr(wire, "infer", lambda _client, _model, rows, _timeout: [known[tuple(row)] for row in rows])
+    known = {tuple(answer.tokens): answer.reward for answer in manifest.known_answers}
     server.identity = manifest.identity
     now = time.time()
     alive = endpoint.Endpoint(
@@ -246,3 +365,13 @@ def test_a_published_server_is_used_while_it_shows_life(server: FakeServer, tmp_
     late = connect_scorer(run, config, {}, device="cpu")
     assert isinstance(late, LocalScorer)
     late.close()
+
+
+def test_what_is_known_of_the_right_model_is_what_the_run_still_has_of_its_conversion(tmp_path: Path) -> None:
+    assert run_reference(RunDir(tmp_path)) == Reference()
+    run, manifest = converted_run(tmp_path / "run", save_reward_model(tmp_path / "rm"), serving_config())
+    whole = run_reference(run)
+    assert (whole.identity, whole.tolerance) == (manifest.identity, manifest.answer_tolerance)
+    assert list(whole.answers) == manifest.known_answers
+    shutil.rmtree(tmp_path / "run/model_store")  # purged, while a server elsewhere goes on
+    assert run_reference(run) == Reference(manifest.identity)

@@ -61,7 +61,7 @@ def test_config_pbtxt_is_valid_and_batches_only_when_told_to(tmp_path: Path) -> 
     manifest = convert.convert(source, tmp_path / "a", serving_config(dynamic_batching=True, **settings).serving)
     config = parse(tmp_path / "a", "reward-model")
     assert (config.name, config.backend, config.max_batch_size) == ("reward-model", "python", 9)
-    assert config.dynamic_batching.max_queue_delay_microseconds == 2000
+    assert config.dynamic_batching.max_queue_delay_microseconds == 0
     assert not config.dynamic_batching.HasField("default_queue_policy")
     assert config.input[0].allow_ragged_batch
     parameters = {key: value.string_value for key, value in config.parameters.items()}

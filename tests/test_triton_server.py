@@ -29,6 +29,8 @@ from pipeline.run.directory import RunDir
 from pipeline.serving import parity, tls, wire
 from pipeline.serving.client import TritonScorer, connect_scorer
 from pipeline.serving.engines import Engine
+from pipeline.serving.known import Reference
+from pipeline.serving.pool import Place
 from pipeline.serving.sandbox import open_sandbox, prepare
 from pipeline.serving.scorer import LocalScorer
 from pipeline.serving.server import TritonServer, make_spec
@@ -284,10 +286,10 @@ def test_a_reward_that_is_not_a_number_is_that_requests_error_alone(merging: Ser
 
 def test_another_model_than_the_runs_is_refused(service: Service) -> None:
     with pytest.raises(UserError, match="serves another reward model"):
-        TritonScorer(lambda: service.address, service.config.serving, "0" * 64)
+        TritonScorer(lambda: [Place(service.address)], service.config.serving, Reference("0" * 64))
     nothing = wire.Address(service.address.url, "nothing")
     with pytest.raises(UserError, match=r"/nothing: the reward server refused: .*nothing"):
-        TritonScorer(lambda: nothing, service.config.serving)
+        TritonScorer(lambda: [Place(nothing)], service.config.serving)
 
 
 def test_the_endpoint_is_ours_alone(service: Service) -> None:

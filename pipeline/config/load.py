@@ -123,6 +123,7 @@ _PATHS: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
     ("sandbox", "image", os.path.exists),
     ("cluster", "trainer_image", os.path.exists),
     ("sandbox", "cache_dir", bool),  # always a folder, though it may have to be made
+    ("serving", "baseline_cache", bool),
     ("cluster", "cache", bool),
 )
 """Settings that may name a file or folder, and how to tell that one does: a hub id or a name must stay what it is."""

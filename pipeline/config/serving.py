@@ -66,3 +66,5 @@ class Serving(Section):
     """Seconds that clients go on trying to reach a server that went away, before the stage fails."""
     max_in_flight: int = Field(4, ge=1)
     """Requests that each training process keeps under way at once."""
+    baseline_cache: str | None = Field(None, min_length=1)
+    """Folder for the scores of the data's own answers, which runs may share; default: the run's own cache folder."""

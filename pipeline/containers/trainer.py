@@ -88,6 +88,7 @@ def _folders(run: RunDir, config: Config, env: Mapping[str, str]) -> list[Path]:
         env.get("HH_DATA"),
         config.cluster.cache,
     ]
+    named.append(config.serving.baseline_cache)
     # A snapshot's files are links to those beside it.
     fetched = [Path(pin.folder).parents[1] for pin in pins(run).values()]
     return [run.root, _CODE, *fetched, *(Path(name) for name in named if name and os.path.isabs(name))]

@@ -1,4 +1,4 @@
-"""The reward client: asks a Triton server for rewards, survives its restarts, and never makes a reward up."""
+"""The reward client: asks Triton servers for rewards, survives their restarts, and never makes a reward up."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
-import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from pipeline.config.schema import Config
@@ -20,178 +17,170 @@ from pipeline.errors import UserError
 from pipeline.run import endpoint
 from pipeline.run.directory import RunDir
 from pipeline.serving import wire
+from pipeline.serving.known import PROBE_S, Reference, examine, run_reference
 from pipeline.serving.model_store import reward_folder
+from pipeline.serving.pool import Link, Locate, Place, ServerPool
 from pipeline.serving.scorer import BatchScorer, LocalScorer, Scorer
-
-_Answer = TypeVar("_Answer")
 
 TRITON_HOST = "TRITON_HOST"
 LIVE_S = 60.0
 """A published endpoint whose heartbeat is older than this belongs to a job that is gone."""
 
 _CONNECT_S = 20.0
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
-_OUTAGE_LOG_S = 30.0
+_MOST_FAILURES = 10
+"""Times that one request may fail on servers which had just given the known answers: it may be what ends them."""
 
 logger = logging.getLogger(__name__)
-
-Locate = Callable[[], wire.Address | None]
-"""Says where the server is now; None while nobody knows."""
 
 
 def connect_scorer(
     run: RunDir, config: Config, environ: Mapping[str, str] = os.environ, device: str | None = None
 ) -> Scorer:
-    """The run's source of rewards: $TRITON_HOST, else the published server, else the model itself in this process.
+    """The run's source of rewards: $TRITON_HOST, else the published servers, else the model itself in this process.
 
     `device` is where the in-process model goes; by default the current GPU, or the CPU where there is none.
-    Raises UserError when the server cannot be reached or serves another reward model than the run converted.
+    Raises UserError when no server can be reached or they serve another reward model than the run converted.
     """
-    identity = run.values("convert").get("identity")
+    reference = run_reference(run)
     named = environ.get(TRITON_HOST)
     if named:
-        address = wire.parse_address(named, tls=environ.get(wire.TLS_VARIABLE))
-        logger.info("rewards come from %s=%s", TRITON_HOST, address)
-        return TritonScorer(lambda: address, config.serving, identity, _CONNECT_S)
+        place = Place(wire.parse_address(named, tls=environ.get(wire.TLS_VARIABLE)))
+        logger.info("rewards come from %s=%s", TRITON_HOST, place.address)
+        return TritonScorer(lambda: [place], config.serving, reference, _CONNECT_S)
     servers = Published(run, turn=int(environ.get("RANK", "0")))
     wait_s = float(environ.get(endpoint.WAIT_VARIABLE, "0"))
     published = _wait_for_endpoint(servers, wait_s)
     # A job that was given a server waits for it: what is published may be of before it moved, or by another clock.
     if published and (wait_s or time.time() - max(one.heartbeat for one in published) < LIVE_S):
         logger.info("rewards come from the run's server at %s", ", ".join(one.triton_host for one in published))
-        return TritonScorer(servers, config.serving, identity, expected=lambda: endpoint.expected(run))
+        return TritonScorer(servers, config.serving, reference, expected=lambda: endpoint.expected(run))
     if published:
         logger.warning("%s: ignored, its server has shown no life for %.0f s", run.endpoint, LIVE_S)
     if device is None:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     folder = reward_folder(run, config)
     logger.info("no reward server: rewards are computed in this process, on %s, from %s", device, folder)
-    return LocalScorer(folder, config.serving, device, identity)
+    return LocalScorer(folder, config.serving, device, reference.identity)
 
 
 class TritonScorer(BatchScorer):
-    """A `Scorer` over gRPC. Create it after forking; one a process."""
+    """A `Scorer` over gRPC, from one server or several. Create it after forking; one a process."""
 
     def __init__(
         self,
         locate: Locate,
         serving: Serving,
-        identity: str | None = None,
+        reference: Reference | None = None,
         connect_s: float | None = None,
         expected: Callable[[], bool] = lambda: False,
     ) -> None:
         """Connect, trying for `connect_s` seconds (default: `serving.retry_timeout_s`), and check what is served.
 
         While `expected` says that a server is on its way, patience has no end.
-        Raises UserError when nothing answers, or when the served model's identity is not `identity` (if given).
+        Raises UserError when nothing answers, or when what answers is not the `reference`.
         """
-        self._locate = locate
-        self._wanted = identity
+        self._reference = reference or Reference()
+        self._deciding = threading.Lock()
         self._expected = expected
-        self._where = "the run's reward server"
-        self._link: _Link | None = None
-        self._link_lock = threading.Lock()
-        self._outage_logged = float("-inf")
-        super().__init__(serving, identity, workers=serving.max_in_flight)
+        super().__init__(serving, self._reference.identity, workers=serving.max_in_flight)
+        self._pool = ServerPool(locate, self._open, expected)
+        patience_s = serving.retry_timeout_s if connect_s is None else connect_s
         try:
-            link = self._patiently(lambda link: link, serving.retry_timeout_s if connect_s is None else connect_s)
+            link = self._pool.borrow(0, time.monotonic(), patience_s)
         except BaseException:
             self.close()
             raise
+        self._pool.give_back(link, 0, answered=True)
         self._identity = link.identity
 
     def close(self) -> None:
-        """See `Scorer`."""
+        """See `Scorer`. Requests that are under way are cancelled."""
         super().close()
-        with self._link_lock:
-            if self._link is not None:
-                self._link.client.close()
-                self._link = None
+        self._pool.close()
 
     def _score_batch(self, rows: list[list[int]]) -> list[float]:
-        timeout_s = self._serving.request_timeout_s
-        return self._patiently(
-            lambda link: wire.infer(link.client, link.address.model, rows, timeout_s), self._serving.retry_timeout_s
-        )
+        try:
+            return self._patiently(rows)
+        except _OutOfMemoryError as error:
+            if len(rows) == 1:
+                raise UserError(f"{error}; even alone, a sequence of {len(rows[0])} tokens does not fit") from error
+            logger.warning("%s; asked for in halves: lower serving.max_batch_tokens", error)
+        half = (len(rows) + 1) // 2
+        return self._score_batch(rows[:half]) + self._score_batch(rows[half:])
 
-    def _patiently(self, ask: Callable[[_Link], _Answer], patience_s: float) -> _Answer:
-        """Ask until there is an answer; errors that a server's restart explains are retried for `patience_s`.
-
-        Each retry looks up where the server is and connects anew, since it may have moved.
-        """
-        first: float | None = None
-        pause = _FIRST_PAUSE_S
+    def _patiently(self, rows: list[list[int]]) -> list[float]:
+        """Ask until there is an answer, of whichever server will do. Errors that a server's end, move or overload
+        explains are retried: for `serving.retry_timeout_s`, and not for ever where the request itself may be why."""
+        tokens, patience_s = len(rows) * max(map(len, rows)), self._serving.retry_timeout_s
+        since, failures = time.monotonic(), 0
         while True:
-            link = None
+            link = self._pool.borrow(tokens, since, patience_s)
+            since = since if failures else time.monotonic()
+            answered = False
             try:
-                link = self._connected()
-                answer = ask(link)
+                rewards = self._ask(link, rows)
+                answered = True
+                return rewards
             except InferenceServerException as error:
-                fault, now = wire.error_line(error), time.monotonic()
-                where = str(link.address) if link is not None else self._where
+                fault, waited_s, failures = wire.error_line(error), time.monotonic() - since, failures + 1
+                if is_out_of_memory(error):
+                    raise _OutOfMemoryError(f"{link.address}: the reward server refused: {fault}") from error
                 if not is_retriable(error):
-                    raise UserError(f"{where}: the reward server refused: {fault}") from error
-                first = now if first is None else first
-                if now - first >= patience_s and not self._expected():
+                    raise UserError(f"{link.address}: the reward server refused: {fault}") from error
+                if failures >= _MOST_FAILURES or (waited_s >= patience_s and not self._expected()):
                     raise UserError(
-                        f"{where}: no reward server answers there since {now - first:.0f} s ({fault}); "
-                        f"check {TRITON_HOST} and the server's log"
+                        f"{link.address}: {len(rows)} sequences got no reward in {failures} tries and {waited_s:.0f} s "
+                        f"({fault}); see the server's log, serving.request_timeout_s and serving.max_batch_tokens"
                     ) from error
-                self._report_outage(where, fault)
-            else:
-                self._outage_logged = float("-inf")
-                return answer
-            self._drop(link)
-            if self._closed.wait(pause):
-                raise RuntimeError("the scorer was closed")
-            pause = min(_LONGEST_PAUSE_S, pause * 2)
+                self._pool.drop(link, fault)
+            finally:
+                self._pool.give_back(link, tokens, answered=answered)
 
-    def _report_outage(self, where: str, fault: str) -> None:
-        """Log the first failure of an outage and then one a while: every worker fails many times."""
-        now = time.monotonic()
-        if now - self._outage_logged >= _OUTAGE_LOG_S:
-            self._outage_logged = now
-            logger.warning("%s: no reward server answers (%s); trying again", where, fault)
+    def _ask(self, link: Link, rows: list[list[int]]) -> list[float]:
+        """The rewards, once it is known which model gave them.
 
-    def _connected(self) -> _Link:
-        """The connection that all workers share, made and checked on first use."""
-        with self._link_lock:
-            if self._closed.is_set():
-                raise RuntimeError("the scorer was closed")
-            if self._link is None:
-                address = self._locate()
-                if address is None:
-                    raise InferenceServerException("no endpoint is published", status="StatusCode.UNAVAILABLE")
-                self._where = str(address)
-                self._link = self._open(address)
-            return self._link
+        gRPC connects anew by itself, so another server may have answered than the one that was examined.
+        """
+        model, timeout_s = link.address.model, self._serving.request_timeout_s
+        try:
+            rewards = wire.infer(link.client, model, rows, timeout_s)
+            served = wire.served_parameters(link.client, model, min(PROBE_S, timeout_s)).get("identity")
+        except UserError as error:
+            raise UserError(f"{link.address}: {error}") from error
+        except ValueError as error:
+            if self._closed.is_set():  # gRPC's word for a closed connection
+                raise RuntimeError("the scorer was closed") from error
+            raise
+        if served != link.identity:
+            raise InferenceServerException("another model has taken its place", status="StatusCode.UNAVAILABLE")
+        return rewards
 
-    def _open(self, address: wire.Address) -> _Link:
+    def _open(self, address: wire.Address) -> Link:
+        """Connect to a server and examine it."""
         client = wire.open_client(address)
         try:
-            served = wire.served_identity(client, address.model, self._serving.request_timeout_s)
-            if self._wanted is not None and served != self._wanted:
-                raise UserError(
-                    f"{TRITON_HOST}={address} serves another reward model ({_short(served)}) than this run converted "
-                    f"({_short(self._wanted)}); start that model's server, or unset {TRITON_HOST}"
-                )
-        except BaseException:
+            while True:
+                reference = self._reference
+                found = examine(client, address, reference, self._serving)
+                with self._deciding:
+                    if self._reference is reference:  # else another server has decided meanwhile: ask again
+                        self._reference = found
+                        return Link(client, address, found.identity)
+        except BaseException as error:
             client.close()
+            if isinstance(error, InferenceServerException) and not is_retriable(error):
+                raise UserError(f"{address}: the reward server refused: {wire.error_line(error)}") from error
             raise
-        return _Link(client, address, served)
-
-    def _drop(self, link: _Link | None) -> None:
-        """Forget a connection that failed. Not closed: other workers may still wait for replies on it."""
-        with self._link_lock:
-            if link is not None and self._link is link:
-                self._link = None
 
 
-@dataclass(frozen=True)
-class _Link:
-    client: triton.InferenceServerClient
-    address: wire.Address
-    identity: str | None
+class _OutOfMemoryError(Exception):
+    """A request was too large for the server's memory."""
+
+
+def is_out_of_memory(error: InferenceServerException) -> bool:
+    """Whether a smaller request may succeed."""
+    message = str(error.message() or "").lower()
+    return "out of memory" in message or "outofmemory" in message
 
 
 def is_retriable(error: InferenceServerException) -> bool:
@@ -207,8 +196,7 @@ def is_retriable(error: InferenceServerException) -> bool:
 
 
 class Published:
-    """Where the run's servers are now. Each call names the next of them: ranks begin at different ones, and a server
-    that does not answer is followed by another."""
+    """Where the run's servers are now, in an order that is another on each rank: they begin at different ones."""
 
     def __init__(self, run: RunDir, turn: int = 0) -> None:
         self.run = run
@@ -222,13 +210,14 @@ class Published:
         ]
         return [one for one in found if time.time() - one.heartbeat < LIVE_S] or found
 
-    def __call__(self) -> wire.Address | None:
+    def __call__(self) -> list[Place]:
         found = self.endpoints()
-        if not found:
-            return None
-        chosen = found[self._turn % len(found)]
-        self._turn += 1
-        return wire.parse_address(chosen.triton_host, str(endpoint.path(self.run, chosen.index)), chosen.tls)
+        first = self._turn % len(found) if found else 0
+        return [self._place(one) for one in found[first:] + found[:first]]
+
+    def _place(self, one: endpoint.Endpoint) -> Place:
+        address = wire.parse_address(one.triton_host, str(endpoint.path(self.run, one.index)), one.tls)
+        return Place(address, f"{one.host} {one.pid} {one.started}")
 
 
 def _wait_for_endpoint(servers: Published, wait_s: float) -> list[endpoint.Endpoint]:
@@ -242,7 +231,3 @@ def _wait_for_endpoint(servers: Published, wait_s: float) -> list[endpoint.Endpo
             )
         time.sleep(0.1)
     return published
-
-
-def _short(identity: str | None) -> str:
-    return identity[:12] if identity else "without an identity"

@@ -131,7 +131,8 @@ def render_config(serving: Serving, name: str, identity: str) -> str:
     """The model's config.pbtxt."""
     template = Template((resource_dir("model_store_templates") / serving.flavour / "config.pbtxt").read_text("utf-8"))
     # Without a queue policy on purpose: any of its options makes this server's batcher sleep between batches.
-    batching = "dynamic_batching { max_queue_delay_microseconds: 2000 }" if serving.dynamic_batching else ""
+    # Nor does it wait for company: while the model is busy, requests gather by themselves.
+    batching = "dynamic_batching { max_queue_delay_microseconds: 0 }" if serving.dynamic_batching else ""
     text = template.substitute(
         name=name,
         identity=identity,

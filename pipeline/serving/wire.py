@@ -71,10 +71,10 @@ def open_client(address: Address) -> triton.InferenceServerClient:
     )
 
 
-def served_identity(client: triton.InferenceServerClient, model: str, timeout_s: float) -> str | None:
-    """The `identity` parameter of the model that is served, or None when it has none (not written by convert)."""
-    config = client.get_model_config(model, client_timeout=timeout_s).config
-    return config.parameters["identity"].string_value if "identity" in config.parameters else None
+def served_parameters(client: triton.InferenceServerClient, model: str, timeout_s: float) -> dict[str, str]:
+    """The parameters in the served model's configuration; its "identity" is missing where convert did not write it."""
+    parameters = client.get_model_config(model, client_timeout=timeout_s).config.parameters
+    return {key: value.string_value for key, value in parameters.items()}
 
 
 def is_ready(client: triton.InferenceServerClient, model: str, timeout_s: float) -> bool:

@@ -201,7 +201,8 @@ def load_data(run: RunDir, config: Config, sampler: Sampler, ranks: Ranks, progr
 
     phases = -(-config.train.total_steps // steps_per_phase(config))
     used = all_prompts(phases, ranks.world, config.ppo.num_rollouts, len(train), config.seed)
-    cache, scoring, scorer = run.root / "cache", sampler.scoring, sampler.scorer
+    shared, scoring, scorer = config.serving.baseline_cache, sampler.scoring, sampler.scorer
+    cache = Path(shared).expanduser() if shared else run.root / "cache"
     return Data(
         train,
         heldout,

@@ -1,0 +1,278 @@
+"""What serving costs and saves: `python benchmarks/reward_serving.py [--data FOLDER] [--shape SHAPE]`.
+
+One random model, three ways to score the same calls, round by round in one process: its forward in this process, this
+project's server and client, and the way of the original's client (all rows padded to the call's longest, requests of 24
+one after the other, a server that does not batch) against the same model. Each ratio is of one round; the table gives
+their median and range. FOLDER is a data folder (train.jsonl[.gz], test.jsonl[.gz]); without it the demo's texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from pipeline.config.load import check, dump
+from pipeline.config.schema import Config
+from pipeline.data.embedded import build_tokenizer
+from pipeline.data.sources import load_source
+from pipeline.data.tokens import encode_pair
+from pipeline.errors import run_command
+from pipeline.run.directory import Artifact, Outputs, RunDir
+from pipeline.serving import wire
+from pipeline.serving.client import connect_scorer
+from pipeline.serving.convert import convert
+from pipeline.serving.engines import Engine
+from pipeline.serving.model_store import model_folder, read_manifest
+from pipeline.serving.sandbox import open_sandbox, prepare
+from pipeline.serving.scorer import Scorer
+from pipeline.serving.scoring import RewardModel
+from pipeline.serving.supervisor import supervise
+
+MAX_LENGTH = 1024
+ORIGINAL_ROWS = 24
+"""Rows of a request of the original's client."""
+SHAPES: dict[str, tuple[str, dict[str, int]]] = {
+    "tiny": ("gpt_neox", {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}),
+    "demo": ("gpt_neox", {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4}),
+    "160m": ("gpt_neox", {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}),
+    "gptj-6b": ("gptj", {"n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64}),
+}
+"""Model types and sizes; the demo's reward model is of the shape "demo"."""
+
+Calls = list[list[list[int]]]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", help="data folder (default: the demo's texts)")
+    parser.add_argument("--shape", choices=SHAPES, default="demo", help="the model's (default: demo)")
+    parser.add_argument("--calls", type=int, default=2, help="calls a round (default: 2)")
+    parser.add_argument("--rows", type=int, default=128, help="sequences a call (default: 128)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds (default: 5)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of model and server (default: 1)")
+    parser.add_argument("--vocabulary", type=int, help="tokens of the tokenizer (default: 8192; 1024 for the demo)")
+    options = parser.parse_args(argv)
+    logging.disable(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(options.threads)
+    calls, vocabulary = read_calls(options)
+    with tempfile.TemporaryDirectory(prefix="hh-benchmark-") as folder:
+        measure(Path(folder), options, calls, vocabulary)
+
+
+def read_calls(options: argparse.Namespace) -> tuple[Calls, int]:
+    """Calls of prompt and chosen answer as token ids, and the size of their vocabulary."""
+    preferences = load_source(check({"data": {"source": options.data or "demo"}}))["train"]
+    texts = [preference.prompt + preference.chosen for preference in preferences]
+    vocabulary = options.vocabulary or (8192 if options.data else 1024)
+    tokenizer = build_tokenizer(texts, vocabulary, MAX_LENGTH)
+    pairs = (
+        encode_pair(tokenizer, one.prompt, one.chosen, MAX_LENGTH)
+        for one in preferences[: options.calls * options.rows]
+    )
+    rows = [prompt + answer for prompt, answer in pairs]
+    return [rows[start : start + options.rows] for start in range(0, len(rows), options.rows)], vocabulary
+
+
+def measure(root: Path, options: argparse.Namespace, calls: Calls, vocabulary: int) -> None:
+    """Make the model, serve it, and time all sides."""
+    on_gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", "bfloat16") if on_gpu else ("cpu", "float32")
+    save_model(root / "model", options.shape, vocabulary, device, getattr(torch, dtype))
+    serving = {"dtype": dtype, "max_length": MAX_LENGTH, "num_threads": options.threads, "bind": "unix"}
+    one_forward = {"dynamic_batching": False, "max_batch_tokens": ORIGINAL_ROWS * MAX_LENGTH}
+    ours, ours_run = converted(root / "ours", serving)
+    original, original_run = converted(root / "original", {**serving, **one_forward})
+    store = ours_run.artifact("convert", "model_store")
+    model = RewardModel(
+        model_folder(store, read_manifest(store).model_name),
+        device,
+        dtype,
+        max_length=MAX_LENGTH,
+        max_batch_tokens=ours.serving.max_batch_tokens,
+        max_batch_size=ours.serving.max_batch_size,
+    )
+    devices = ["0"] if on_gpu else []
+    log = root / "log"
+    with open_sandbox(prepare(ours, log, print), log) as engine:
+        ready = [ready_s(ours_run, ours, engine, devices, log) for _ in range(3)]
+        with (
+            server(ours_run, ours, engine, devices, log) as scorer,
+            supervise(original_run, original, engine, devices, log, "original") as plain,
+        ):
+            client = wire.open_client(wire.parse_address(plain.triton_host))
+            name = read_manifest(store).model_name
+            sides: dict[str, Callable[[Calls], object]] = {
+                "eager": lambda some: [model.score(call) for call in some],
+                "served": lambda some: [scorer.score(call) for call in some],
+                "original": lambda some: [original_way(client, name, call) for call in some],
+            }
+            padding = padding_of(model, calls)
+            for side in sides.values():
+                side(calls[:1])
+            peak = matmul_flops(device, getattr(torch, dtype))
+            rounds = [{name: seconds(side, calls) for name, side in sides.items()} for _ in range(options.rounds)]
+            added = added_latency_ms(model, scorer, calls)
+            client.close()
+    where = torch.cuda.get_device_name() if on_gpu else f"CPU, {options.threads} thread(s)"
+    print_table(where, options.shape, Figures(calls, model, rounds, added, ready, padding, peak))
+
+
+def save_model(folder: Path, shape: str, vocabulary: int, device: str, dtype: torch.dtype) -> None:
+    """Write a random reward model of a shape."""
+    kind, sizes = SHAPES[shape]
+    positions = {"n_positions" if kind == "gptj" else "max_position_embeddings": MAX_LENGTH}
+    if kind == "gpt_neox":
+        sizes = {**sizes, "intermediate_size": 4 * sizes["hidden_size"]}
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=vocabulary, num_labels=1, pad_token_id=0, bos_token_id=0, eos_token_id=0, **sizes, **positions
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    model.save_pretrained(folder)
+
+
+def converted(root: Path, serving: dict[str, Any]) -> tuple[Config, RunDir]:
+    """A run in which the benchmark's model is converted."""
+    config, run = check({"serving": serving, "sandbox": {"engine": "venv"}}), RunDir(root)
+    root.mkdir()
+    run.config.write_text(dump(config))
+    manifest = convert(root.parent / "model", root / "model_store", config.serving)
+    values = {"identity": manifest.identity, "model_name": manifest.model_name}
+    run.write_outputs(Outputs("convert", "-", 1, {"model_store": Artifact("model_store", "0" * 64, 0)}, values))
+    return config, run
+
+
+def ready_s(run: RunDir, config: Config, engine: Engine, devices: list[str], log: Path) -> float:
+    """Seconds from the start of a server until it has given the known answers and is published."""
+    started = time.perf_counter()
+    with supervise(run, config, engine, devices, log, "ready"):
+        return time.perf_counter() - started
+
+
+@contextmanager
+def server(run: RunDir, config: Config, engine: Engine, devices: list[str], log: Path) -> Iterator[Scorer]:
+    """A client of the run's server."""
+    with supervise(run, config, engine, devices, log, "ours"):
+        scorer = connect_scorer(run, config, {})
+        try:
+            yield scorer
+        finally:
+            scorer.close()
+
+
+def original_way(client: Any, model: str, call: list[list[int]]) -> None:
+    """All rows are as long as the longest, and the model computes all of it."""
+    width = max(map(len, call))
+    for start in range(0, len(call), ORIGINAL_ROWS):
+        rows = [row + [0] * (width - len(row)) for row in call[start : start + ORIGINAL_ROWS]]
+        wire.infer(client, model, rows, timeout_s=600.0)
+
+
+def seconds(side: Callable[[Calls], object], calls: Calls) -> float:
+    started = time.perf_counter()
+    side(calls)
+    return time.perf_counter() - started
+
+
+def added_latency_ms(model: RewardModel, scorer: Scorer, calls: Calls, times: int = 41) -> float:
+    """The median of what a request of one sequence of middle length takes beyond the forward before it."""
+    rows = sorted((row for call in calls for row in call), key=len)
+    one = rows[len(rows) // 2]
+    added = []
+    for _ in range(times):
+        alone = seconds(lambda _calls: model.score([one]), calls)
+        added.append(seconds(lambda _calls: scorer.score([one]), calls) - alone)
+    return 1e3 * statistics.median(added)
+
+
+def padding_of(model: RewardModel, calls: Calls) -> float:
+    """The share of the computed tokens that is padding."""
+    computed = []
+    hook = model.model.base_model.register_forward_pre_hook(
+        lambda _module, _args, inputs: computed.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    for call in calls:
+        model.score(call)
+    hook.remove()
+    return 1 - sum(len(row) for call in calls for row in call) / sum(computed)
+
+
+def matmul_flops(device: str, dtype: torch.dtype) -> float:
+    """Operations a second of the best of several large matrix products."""
+    size = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+
+    def product(_calls: Calls) -> None:
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return 2 * size**3 / min(seconds(product, []) for _ in range(12))
+
+
+def model_flops(model: RewardModel, calls: Calls) -> float:
+    """Operations that the sequences' own tokens need: two a weight and token, and causal attention."""
+    config = model.model.config
+    weights = sum(parameter.numel() for parameter in model.model.parameters())
+    weights -= model.model.get_input_embeddings().weight.numel()
+    lengths = [len(row) for call in calls for row in call]
+    attention = 2 * config.num_hidden_layers * config.hidden_size * sum(length**2 for length in lengths)
+    return float(2 * weights * sum(lengths) + attention)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """All that was measured."""
+
+    calls: Calls
+    model: RewardModel
+    rounds: list[dict[str, float]]
+    """Seconds of each side."""
+    added_ms: float
+    ready_s: list[float]
+    padding: float
+    peak: float
+
+
+def print_table(where: str, shape: str, figures: Figures) -> None:
+    """Speeds first, then each figure beside its aim."""
+    lengths = [len(row) for call in figures.calls for row in call]
+    print(f"{where}; shape {shape}; {len(figures.calls)} calls, {len(lengths)} sequences of {min(lengths)} to "
+          f"{max(lengths)} tokens (mean {statistics.mean(lengths):.0f}); {len(figures.rounds)} rounds")  # fmt: skip
+    print(f"\n{'side':<12}{'sequences/s':>13}{'tokens/s':>12}{'of matmul peak':>16}")
+    flops = model_flops(figures.model, figures.calls)
+    for side in figures.rounds[0]:
+        middle = statistics.median(one[side] for one in figures.rounds)
+        print(f"{side:<12}{len(lengths) / middle:>13.1f}{sum(lengths) / middle:>12.0f}"
+              f"{flops / middle / figures.peak:>16.2f}")  # fmt: skip
+    rows = [
+        ("served / eager forward", [one["eager"] / one["served"] for one in figures.rounds], ">= 0.95"),
+        ("served / the original's way", [one["original"] / one["served"] for one in figures.rounds], ">= 3"),
+        ("padding, share of tokens", [figures.padding], "<= 0.05"),
+        ("added latency of a request, ms", [figures.added_ms], "<= 3"),
+        ("server ready, s", figures.ready_s, "< 5 (demo)"),
+        ("of matmul peak (GPU, bfloat16)", [flops / one["served"] / figures.peak for one in figures.rounds], "0.5"),
+    ]
+    print(f"\n{'figure':<34}{'median':>9}{'min':>9}{'max':>9}   aim")
+    for name, values, aim in rows:
+        print(f"{name:<34}{statistics.median(values):>9.3f}{min(values):>9.3f}{max(values):>9.3f}   {aim}")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    run_command(main)

@@ -1,0 +1,95 @@
+"""Known answers: how a client makes sure that a server serves the model that it should, before it believes a reward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import tritonclient.grpc as triton
+
+from pipeline.config.serving import Serving
+from pipeline.errors import UserError
+from pipeline.run.directory import RunDir
+from pipeline.serving import wire
+from pipeline.serving.model_store import MANIFEST, KnownAnswer, read_manifest
+
+PROBE_S = 10.0
+"""How long a server may take to say which model it serves: that waits behind nobody's work."""
+
+_PROBES = tuple([1 + place % 9 for place in range(length)] for length in (1, 2, 7, 33))
+"""What is asked where no answer is known yet, in ids that every vocabulary has."""
+_EPSILON = {"float32": 0.0, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What is known of the right model; nothing, of a server that other people run for a run that converts none."""
+
+    identity: str | None = None
+    answers: tuple[KnownAnswer, ...] = ()
+    tolerance: float = 0.0
+
+
+def run_reference(run: RunDir) -> Reference:
+    """What the run's conversion says of its model."""
+    outputs = run.outputs("convert")
+    if outputs is None:
+        return Reference()
+    identity = outputs.values.get("identity")
+    if "model_store" not in outputs.artifacts:
+        return Reference(identity)
+    store = run.root / outputs.artifacts["model_store"].path
+    if not (store / MANIFEST).exists():  # purged: a server elsewhere may still have it
+        return Reference(identity)
+    manifest = read_manifest(store)
+    return Reference(identity, tuple(manifest.known_answers), manifest.answer_tolerance)
+
+
+def examine(
+    client: triton.InferenceServerClient, address: wire.Address, reference: Reference, serving: Serving
+) -> Reference:
+    """Ask a server for its model's identity and the known answers.
+
+    Returns the reference, with what it did not know as this server has it: later connections are held to that.
+    Raises UserError for another model or a wrong answer, InferenceServerException when the server cannot be asked.
+    """
+    parameters = wire.served_parameters(client, address.model, min(PROBE_S, serving.request_timeout_s))
+    identity = parameters.get("identity")
+    if reference.identity is not None and identity != reference.identity:
+        raise UserError(
+            f"{address}: serves another reward model ({_short(identity)}) than this run converted "
+            f"({_short(reference.identity)}); start that model's server, or unset TRITON_HOST"
+        )
+    if reference.answers:
+        rewards = _ask(client, address, [answer.tokens for answer in reference.answers], serving)
+        pairs = zip(rewards, reference.answers, strict=True)
+        difference = max(abs(reward - answer.reward) for reward, answer in pairs)
+        if difference > reference.tolerance:
+            raise UserError(
+                f"{address}: rewards are off by {difference:.3g} from the known answers ({reference.tolerance:.3g} "
+                "allowed): the server is damaged, or serves another model; restart it with the run's model store"
+            )
+        return replace(reference, identity=identity)
+    probes = [probe[-serving.max_length :] for probe in _PROBES]
+    rewards = _ask(client, address, probes, serving)
+    epsilon = _EPSILON.get(parameters.get("dtype", ""), _EPSILON["bfloat16"])
+    tolerance = serving.parity_tolerance + 16 * epsilon * max(1.0, *map(abs, rewards))
+    answers = tuple(KnownAnswer(probe, reward) for probe, reward in zip(probes, rewards, strict=True))
+    return Reference(identity, answers, tolerance)
+
+
+def _ask(
+    client: triton.InferenceServerClient, address: wire.Address, sequences: Sequence[list[int]], serving: Serving
+) -> list[float]:
+    rewards: list[float] = []
+    try:
+        for start in range(0, len(sequences), serving.max_batch_size):
+            some = sequences[start : start + serving.max_batch_size]
+            rewards += wire.infer(client, address.model, some, serving.request_timeout_s)
+    except UserError as error:
+        raise UserError(f"{address}: a known question was answered wrongly: {error}") from error
+    return rewards
+
+
+def _short(identity: str | None) -> str:
+    return identity[:12] if identity else "without an identity"
