@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="data folder (default: the demo's texts)")
     parser.add_argument("--shape", choices=SHAPES, default="demo", help="the model's (default: demo)")
-    parser.add_argument("--calls", type=int, default=2, help="calls a round (default: 2)")
+    parser.add_argument("--calls", type=int, default=3, help="calls a round (default: 3)")
     parser.add_argument("--rows", type=int, default=128, help="sequences a call (default: 128)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds (default: 5)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of model and server (default: 1)")
