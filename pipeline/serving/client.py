@@ -17,7 +17,7 @@ from tritonclient.utils import InferenceServerException
 from pipeline.config.schema import Config
 from pipeline.config.serving import Serving
 from pipeline.errors import UserError
-from pipeline.run import endpoint
+from pipeline.run import endpoint, reward_models
 from pipeline.run.directory import RunDir
 from pipeline.run.sources import reward_model_path
 from pipeline.serving import wire
@@ -41,32 +41,38 @@ Locate = Callable[[], wire.Address | None]
 
 
 def connect_scorer(
-    run: RunDir, config: Config, environ: Mapping[str, str] = os.environ, device: str | None = None
+    run: RunDir,
+    config: Config,
+    environ: Mapping[str, str] = os.environ,
+    device: str | None = None,
+    identity: str | None = None,
 ) -> Scorer:
     """The run's source of rewards: $TRITON_HOST, else the published server, else the model itself in this process.
 
     `device` is where the in-process model goes; by default the current GPU, or the CPU where there is none.
-    Raises UserError when the server cannot be reached or serves another reward model than the run converted.
+    `identity` is the reward model's, by default that of the model which the run is to use.
+    Raises UserError when the server cannot be reached or serves another reward model than the run is to use: the one
+    that it converted, or that was announced since.
     """
-    identity = run.values("convert").get("identity")
+    identity = identity or reward_models.expected(run)
     named = environ.get(TRITON_HOST)
     if named:
         address = wire.parse_address(named, tls=environ.get(wire.TLS_VARIABLE))
         logger.info("rewards come from %s=%s", TRITON_HOST, address)
         return TritonScorer(lambda: address, config.serving, identity, _CONNECT_S)
-    servers = Published(run, turn=int(environ.get("RANK", "0")))
+    servers = Published(run, identity, turn=int(environ.get("RANK", "0")))
     wait_s = float(environ.get(endpoint.WAIT_VARIABLE, "0"))
     published = _wait_for_endpoint(servers, wait_s)
     # A job that was given a server waits for it: what is published may be of before it moved, or by another clock.
-    if published and (wait_s or time.time() - max(one.heartbeat for one in published) < LIVE_S):
+    if published and (wait_s or servers.alive()):
         logger.info("rewards come from the run's server at %s", ", ".join(one.triton_host for one in published))
         return TritonScorer(servers, config.serving, identity, expected=lambda: endpoint.expected(run))
     if published:
         logger.warning("%s: ignored, its server has shown no life for %.0f s", run.endpoint, LIVE_S)
     if device is None:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-    if run.outputs("convert") is not None:
-        store = run.artifact("convert", "model_store")
+    if identity is not None or run.outputs("convert") is not None:
+        store = reward_models.store_of(run, identity)
         folder = model_folder(store, read_manifest(store).model_name)
     else:
         folder = reward_model_path(run, config)
@@ -177,7 +183,7 @@ class TritonScorer(BatchScorer):
             served = wire.served_identity(client, address.model, self._serving.request_timeout_s)
             if self._wanted is not None and served != self._wanted:
                 raise UserError(
-                    f"{TRITON_HOST}={address} serves another reward model ({_short(served)}) than this run converted "
+                    f"{TRITON_HOST}={address} serves another reward model ({_short(served)}) than this run is to use "
                     f"({_short(self._wanted)}); start that model's server, or unset {TRITON_HOST}"
                 )
         except BaseException:
@@ -215,17 +221,25 @@ class Published:
     """Where the run's servers are now. Each call names the next of them: ranks begin at different ones, and a server
     that does not answer is followed by another."""
 
-    def __init__(self, run: RunDir, turn: int = 0) -> None:
+    def __init__(self, run: RunDir, identity: str | None, turn: int = 0) -> None:
+        """`identity`: which reward model they must serve, if it matters."""
         self.run = run
+        self._identity = identity
         self._turn = turn
 
     def endpoints(self) -> list[endpoint.Endpoint]:
         """The endpoints that this node can reach; those that have shown life lately, where there are such."""
         here = os.uname().nodename
         found = [
-            one for one in endpoint.read_all(self.run) if not one.triton_host.startswith("unix:") or one.host == here
+            one
+            for one in endpoint.read_all(self.run)
+            if self._identity in (None, one.digest) and (not one.triton_host.startswith("unix:") or one.host == here)
         ]
         return [one for one in found if time.time() - one.heartbeat < LIVE_S] or found
+
+    def alive(self) -> bool:
+        """Whether one of them has shown life lately."""
+        return any(time.time() - one.heartbeat < LIVE_S for one in self.endpoints())
 
     def __call__(self) -> wire.Address | None:
         found = self.endpoints()
@@ -233,7 +247,9 @@ class Published:
             return None
         chosen = found[self._turn % len(found)]
         self._turn += 1
-        return wire.parse_address(chosen.triton_host, str(endpoint.path(self.run, chosen.index)), chosen.tls)
+        return wire.parse_address(
+            chosen.triton_host, str(endpoint.path(self.run, chosen.index, chosen.retiring)), chosen.tls
+        )
 
 
 def _wait_for_endpoint(servers: Published, wait_s: float) -> list[endpoint.Endpoint]:

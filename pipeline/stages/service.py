@@ -22,7 +22,7 @@ from pipeline.stages.nodes import Meeting, Nodes, Rendezvous
 from pipeline.stages.surroundings import OFFLINE
 
 if TYPE_CHECKING:
-    from pipeline.serving.supervisor import Supervisor
+    from pipeline.serving.service import Service
 
 LOOK_S = 30.0
 """Seconds between looks at the other job: they ask Slurm's controller."""
@@ -44,13 +44,13 @@ def serve_train(context: Context, submission: str, reason: str, forced: bool, no
     run, serving = context.run, context.config.serving
     set_state(run, "serve", submission, "running", "starting tritonserver")
     endpoint.withdraw(run)  # of an attempt that was killed: the training must not take it for this one's
-    announced = False
+    announced = ""
 
     def tick() -> None:
         nonlocal announced
         server.tick()
-        if server.up and not announced:
-            announced = True
+        if server.up and announced != server.triton_host:
+            announced = server.triton_host
             set_state(run, "serve", submission, "running", f"TRITON_HOST={server.triton_host}")
 
     try:
@@ -101,14 +101,14 @@ def serve_alone(run: RunDir, config: Config, submission: Submission, nodes: Node
     devices = share_devices(config, ("serve",))[1]
     if nodes.count > 1:
         meeting.call(Rendezvous("serve", 0, "", "", 0, 0))
-    beat, announced = _leaders_beat(meeting, nodes), False
+    beat, announced = _leaders_beat(meeting, nodes), ""
     try:
         with supervised(run, config, devices, tick=beat) as server:
             while not over():
                 beat()  # a model may take longer to load than other nodes wait for a word
                 server.tick()
-                if server.up and not announced:
-                    announced = True
+                if server.up and announced != server.triton_host:  # which a change of model moves
+                    announced = server.triton_host
                     set_state(run, "serve", submission.id, "running", f"TRITON_HOST={server.triton_host}")
                 time.sleep(0.2)
     finally:
@@ -148,13 +148,13 @@ def _leaders_beat(meeting: Meeting, nodes: Nodes) -> Tick:
 @contextlib.contextmanager
 def supervised(
     run: RunDir, config: Config, devices: tuple[str, ...], *, index: int = 0, tick: Tick = lambda: None
-) -> Iterator[Supervisor]:
+) -> Iterator[Service]:
     """The run's reward server while the block runs, which ticks it; it is not waited for.
 
     `index` tells the servers of several nodes apart; `tick` is called while an image is unpacked, which takes minutes.
     """
     from pipeline.serving.sandbox import open_sandbox
-    from pipeline.serving.supervisor import supervise  # brings gRPC: not needed while a job waits
+    from pipeline.serving.service import supervise  # brings gRPC: not needed while a job waits
 
     if run.outputs("sandbox") is None:
         raise UserError(f"{run.root}: stage sandbox is not done; run it first with --stage sandbox")
