@@ -144,9 +144,17 @@ def _check_fits(run: RunDir, config: Config, store: Path, manifest: Manifest) ->
             f"{store}: scores at most {manifest.max_length} tokens, but the run's serving.max_length is "
             f"{config.serving.max_length}; convert it with that"
         )
-    ours, theirs = reward_model_path(run, config), model_folder(store, manifest.model_name)
+    ours, theirs = _present_model(run, config), model_folder(store, manifest.model_name)
     if not same_vocabulary(ours, theirs) or end_id(load_tokenizer(ours)) != end_id(load_tokenizer(theirs)):
         raise UserError(f"{store}: has another tokenizer than the run's reward model; only a new run can use it")
+
+
+def _present_model(run: RunDir, config: Config) -> Path:
+    """The folder of the model that the run uses, with its tokenizer."""
+    if reward_models.expected(run) is None:
+        return reward_model_path(run, config)
+    present = reward_models.store_of(run)
+    return model_folder(present, read_manifest(present).model_name)
 
 
 def _wait_for(run: RunDir, model: RewardModel, limit_s: float) -> None:
