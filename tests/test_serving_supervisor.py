@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -16,7 +17,7 @@ import pytest
 from helpers_serving import serving_config
 from tritonclient.utils import InferenceServerException
 
-from pipeline import procs
+from pipeline import procs, status
 from pipeline.errors import UserError
 from pipeline.run import endpoint, service_metrics
 from pipeline.run.directory import RunDir
@@ -250,6 +251,21 @@ def test_what_the_server_did_is_recorded_when_others_asked_it(story: Story) -> N
     story.supervisor.stop()  # counts what came since, too
     row = service_metrics.last(story.run)
     assert row is not None and row["requests"] == 10
+
+
+def test_the_status_shows_what_a_published_server_does(story: Story, capsys: pytest.CaptureFixture[str]) -> None:
+    story.run.config.write_text("{}\n")
+    trained = {"step": 4, "reward_server/padding": 0.034, "reward_server/tokens_per_second": 5120.4}
+    story.run.metrics.write_text(json.dumps(trained) + '\n{"step": 4}\n{"cut sho')
+    story.supervisor.start()
+    story.server.usage = Usage(requests=34, sequences=64, executions=16, queue_s=0.034)
+    healthy_canary(story)
+    assert status.main([str(story.run.root)]) == 0
+    line = "rewards: 2.1 requests/s, 4.0 sequences an execution, queue 1.0 ms, 5120 tokens/s, 3.4 % padding"
+    assert line in capsys.readouterr().out.splitlines()
+    story.supervisor.stop()
+    status.main([str(story.run.root)])
+    assert "rewards" not in capsys.readouterr().out
 
 
 def test_a_restarted_server_counts_from_nothing_again(story: Story) -> None:

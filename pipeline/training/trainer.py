@@ -147,6 +147,7 @@ class Trainer:
     def _phase(self, state: TrainState) -> TrainState | None:
         """One phase: sample, score, estimate, update. None when a stop was asked for before the first update."""
         started = time.monotonic()
+        self.sampler.scorer.traffic()  # an evaluation's is not this phase's
         config, ppo, ranks = self.config, self.config.ppo, self.ranks
         rows = phase_prompts(state.phase, ranks.rank, ranks.world, ppo.num_rollouts, len(self.data.train), config.seed)
         responses, pending = self._sample(rows, state.phase)
