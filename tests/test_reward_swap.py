@@ -142,6 +142,20 @@ def test_the_new_server_takes_over_and_the_old_one_stays_for_those_who_use_it(st
     assert story.log[4:] == ["stop b"]
 
 
+def test_a_third_model_waits_until_the_first_ones_server_has_ended(story: Story) -> None:
+    reward_models.use(story.run, "a")
+    reward_models.announce(story.run, "b", story.store("b"))
+    story.tick(2)
+    reward_models.announce(story.run, "c", story.store("c"))
+    story.tick(5)
+    assert story.log == ["start a", "start b", "retire a"]
+    reward_models.use(story.run, "b")
+    story.servers["a"].idle_s = service.LINGER_S + 1
+    story.tick(3)
+    assert story.log[3:] == ["stop a", "start c", "retire b"]
+    assert story.service.identity == "c"
+
+
 def test_a_model_that_cannot_be_served_is_refused_and_the_old_one_goes_on(story: Story) -> None:
     model = reward_models.announce(story.run, "b", story.store("b"))
     story.tick()
@@ -349,6 +363,9 @@ def test_a_store_that_does_not_fit_the_run_is_refused(tmp_path: Path) -> None:
     longer = settings().model_copy(update={"serving": config.serving.model_copy(update={"max_length": 500})})
     with pytest.raises(UserError, match=r"scores at most 96 tokens, but the run's serving\.max_length is 500"):
         by_hand.announce(run, longer, store, False, print)
+    rounded = settings().model_copy(update={"serving": config.serving.model_copy(update={"dtype": "bfloat16"})})
+    with pytest.raises(UserError, match=r"computes in float32, but the run's serving\.dtype is bfloat16"):
+        by_hand.announce(run, rounded, store, False, print)
     (file,) = store.glob("*/1/reward_model/tokenizer.json")
     file.write_text(file.read_text().replace('"Ġ', '"Q', 1))
     with pytest.raises(UserError, match="has another tokenizer than the run's reward model"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -19,7 +20,7 @@ import torch
 from helpers_jobs import ROOT, clean_environment
 from helpers_serving import converted_run, save_reward_model, serving_config
 
-from pipeline import procs, serve
+from pipeline import procs, score, serve
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.run import endpoint, reward_models, service_metrics
@@ -182,6 +183,25 @@ def test_a_stuck_server_is_started_again_and_no_reward_is_lost(server: Service, 
         return row is not None and row["sequences"] >= len(SEQUENCES) and row["failed"] == 0
 
     tick_while(server, lambda: not recorded())
+
+
+def test_texts_are_scored_by_the_running_server(
+    server: Service, run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text * 9}) + "\n" for text in "abcdefgh"))
+    store = run.artifact("convert", "model_store")
+    monkeypatch.delenv("TRITON_HOST", raising=False)
+    score.main(["--model-store", str(store), str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "here.jsonl")])
+    monkeypatch.setattr(LocalScorer, "__init__", None)  # from here on there is the server only
+    ways = {"run": ["--run", str(run.root)], "store": ["--model-store", str(store)]}
+    for name, way in ways.items():
+        if name == "store":
+            monkeypatch.setenv("TRITON_HOST", server.triton_host)
+        score.main([*way, str(tmp_path / "in.jsonl"), "--out", str(tmp_path / f"{name}.jsonl")])
+    files = [(tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("here", "run", "store")]
+    rewards = [[json.loads(line)["reward"] for line in lines] for lines in files]
+    assert rewards[1] == pytest.approx(rewards[0], abs=1e-5) and rewards[2] == pytest.approx(rewards[0], abs=1e-5)
+    assert len(set(rewards[0])) == 8
 
 
 def test_another_model_is_served_beside_the_first_without_an_error_for_anyone(

@@ -18,11 +18,11 @@ from pipeline.errors import UserError
 from pipeline.run import atomic, endpoint, reward_models
 from pipeline.run.directory import Artifact, Outputs, RunDir
 from pipeline.run.reward_models import RewardModel
-from pipeline.run.sources import reward_model_path
 from pipeline.serving.client import Published
 from pipeline.serving.model_store import Manifest, model_folder, read_manifest
 from pipeline.serving.sandbox import open_sandbox, prepare
 from pipeline.serving.service import Service, supervise
+from pipeline.serving.texts import present_model
 
 Say = Callable[[str], None]
 
@@ -144,17 +144,14 @@ def _check_fits(run: RunDir, config: Config, store: Path, manifest: Manifest) ->
             f"{store}: scores at most {manifest.max_length} tokens, but the run's serving.max_length is "
             f"{config.serving.max_length}; convert it with that"
         )
-    ours, theirs = _present_model(run, config), model_folder(store, manifest.model_name)
+    if manifest.dtype != config.serving.dtype:
+        raise UserError(
+            f"{store}: computes in {manifest.dtype}, but the run's serving.dtype is {config.serving.dtype}; "
+            "convert it with that"
+        )
+    ours, theirs = present_model(run, config), model_folder(store, manifest.model_name)
     if not same_vocabulary(ours, theirs) or end_id(load_tokenizer(ours)) != end_id(load_tokenizer(theirs)):
         raise UserError(f"{store}: has another tokenizer than the run's reward model; only a new run can use it")
-
-
-def _present_model(run: RunDir, config: Config) -> Path:
-    """The folder of the model that the run uses, with its tokenizer."""
-    if reward_models.expected(run) is None:
-        return reward_model_path(run, config)
-    present = reward_models.store_of(run)
-    return model_folder(present, read_manifest(present).model_name)
 
 
 def _wait_for(run: RunDir, model: RewardModel, limit_s: float) -> None:

@@ -136,6 +136,8 @@ class Service:
         wanted = reward_models.expected(self._run)
         if self._next is not None or not self.up or wanted in (None, self.identity):
             return
+        if self._retired:  # there is room for one beside the current one, published and in memory
+            return
         if model is not None and model.alone:
             if not self._in_use(self._current):
                 logger.info("reward model %s was announced: the server changes over", str(wanted)[:12])

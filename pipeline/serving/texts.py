@@ -20,6 +20,7 @@ from pipeline.config.schema import Config
 from pipeline.data.preferences import TURN, check_characters, read_jsonl
 from pipeline.data.tokens import encode, end_id, load_tokenizer
 from pipeline.errors import UserError
+from pipeline.run import reward_models
 from pipeline.run.directory import RunDir
 from pipeline.run.sources import reward_model_path
 from pipeline.serving import wire
@@ -80,7 +81,7 @@ def open_texts(
     """
     if run is not None:
         directory, config = RunDir(run.resolve()), read_config(run)
-        folder = reward_model_path(directory, config)
+        folder = present_model(directory, config)
         scorer = connect_scorer(directory, config, environ)
     else:
         assert store is not None
@@ -100,6 +101,14 @@ def open_texts(
         yield TextScorer(scorer, load_tokenizer(folder), config.serving.max_length), config
     finally:
         scorer.close()
+
+
+def present_model(run: RunDir, config: Config) -> Path:
+    """The folder of the reward model that the run uses, with its tokenizer: of its store, where it has one."""
+    if reward_models.expected(run) is None:
+        return reward_model_path(run, config)
+    store = reward_models.store_of(run)
+    return model_folder(store, read_manifest(store).model_name)
 
 
 def read_rows(path: Path) -> list[tuple[dict[str, Any], Asked]]:

@@ -38,9 +38,9 @@ class Usage:
             "failed": self.failed,
             "sequences": self.sequences,
             "executions": self.executions,
-            "batch_mean": self.sequences / self.executions if self.executions else 0.0,
-            "queue_ms": 1e3 * self.queue_s / self.requests if self.requests else 0.0,
-            "compute_ms": 1e3 * self.compute_s / self.requests if self.requests else 0.0,
+            "batch_mean": round(self.sequences / max(1, self.executions), 3),
+            "queue_ms": round(1e3 * self.queue_s / max(1, self.requests), 3),
+            "compute_ms": round(1e3 * self.compute_s / max(1, self.requests), 3),
         }
 
 
