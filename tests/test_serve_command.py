@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,6 +147,26 @@ def test_by_hand_what_cannot_be_served_is_one_line(run: RunDir, tmp_path: Path, 
         serve.main([str(other_store), "--run", str(run.root)])
     with pytest.raises(UserError, match=r"serving\.nonsense: unknown key"):
         serve.main([str(other_store), "--set", "serving.nonsense=1"])
+
+
+def test_by_hand_a_store_that_does_not_load_is_one_line_and_its_log_is_kept(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(run.artifact("convert", "model_store"), store)
+    (model,) = store.glob("*/1/model.py")
+    model.write_text("raise RuntimeError('the weights are gone')\n")
+    monkeypatch.setattr(
+        by_hand, "Stop", lambda: SimpleNamespace(asked=False)
+    )  # which would take this process's signals
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"^tritonserver ended with status 1: .*the weights are gone.*\(log: .*\)$"
+    ) as error:
+        serve.main([str(store), "--engine", "venv"])
+    kept = Path(str(error.value).rpartition("(log: ")[2].rstrip(")"))
+    assert "the weights are gone" in kept.read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["store", kept.name])
 
 
 @pytest.fixture(scope="module")

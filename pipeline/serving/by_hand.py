@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -77,11 +79,25 @@ def serve(
             sandbox = prepare(config, log.with_name("build.log"), logger.info)
         stop = Stop()  # only now: until here a Ctrl-C ends the process as usual
         with (
+            _kept_log(log, temporary=run is None),
             open_sandbox(sandbox, log) as engine,
             supervise(home, config, engine, devices, log, str(os.getpid()), wait=False) as service,
         ):
             _until(stop, service, home, say)
             say("ending: what was asked is answered first")
+
+
+@contextlib.contextmanager
+def _kept_log(log: Path, temporary: bool) -> Iterator[None]:
+    """Where the server's log would go with its temporary folder, keep it if the server fails: the error names it."""
+    try:
+        yield
+    except UserError as error:
+        if not temporary or not log.exists():
+            raise
+        kept = Path(tempfile.gettempdir()) / f"{log.stem}-{os.getpid()}.log"
+        shutil.copyfile(log, kept)
+        raise UserError(str(error).replace(str(log), str(kept))) from error
 
 
 def announce(run: RunDir, config: Config, store: Path, alone: bool, say: Say) -> None:
