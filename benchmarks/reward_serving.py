@@ -38,7 +38,7 @@ from pipeline.serving.model_store import model_folder, read_manifest
 from pipeline.serving.sandbox import open_sandbox, prepare
 from pipeline.serving.scorer import Scorer
 from pipeline.serving.scoring import RewardModel
-from pipeline.serving.supervisor import supervise
+from pipeline.serving.service import supervise
 
 MAX_LENGTH = 1024
 ORIGINAL_ROWS = 24

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError, run_command
-from pipeline.run import bad_nodes
+from pipeline.run import bad_nodes, endpoint, service_metrics
 from pipeline.run.directory import RunDir
 from pipeline.run.provenance import check_layout
 from pipeline.scheduler import submission as submissions
@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{arguments.run}" + (f"  submission {submission.id} ({submission.executor})" if submission else ""))
         width = shutil.get_terminal_size((160, 24)).columns
         print(render_table(views, colour=sys.stdout.isatty(), width=width) or "no stage has run yet")
+        if endpoint.read_all(run) and (rewards := service_metrics.describe(run)):
+            print(rewards)
         for bad in bad_nodes.known(run):
             print(bad_nodes.describe(run, bad))
     return 1 if any(view.state == "failed" for view in views) else 0

@@ -43,6 +43,9 @@ class RewardModel:
     def __init__(self, *arguments, **settings):
         pass
 
+    def warm_up(self):
+        pass
+
     def validate(self, sequences):
         pass
 
@@ -76,6 +79,8 @@ def draw(count: int, seed: int) -> list[list[int]]:
 def telling_store(converted: Path, store: Path, sign: int = 1) -> Path:
     """A copy of a converted store that serves the telling model; with another sign it is another model."""
     shutil.copytree(converted, store)
+    for path in store.rglob("*"):
+        path.chmod(path.stat().st_mode | 0o200)  # a converted one is closed
     manifest = read_manifest(store)
     identity = f"{sign % 10}" * 64
     version = store / manifest.model_name / "1"

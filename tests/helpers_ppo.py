@@ -28,6 +28,7 @@ from pipeline.data.embedded import build_tokenizer
 from pipeline.data.preferences import Preference
 from pipeline.run import atomic
 from pipeline.run.directory import Artifact, Outputs, RunDir
+from pipeline.serving.usage import Traffic
 
 VOCAB = 320
 ARCHITECTURES = ("gpt_neox", "gptj", "gpt2", "llama", "qwen2")
@@ -96,6 +97,10 @@ class HashScorer:
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         return self.submit(sequences).result()
+
+    def traffic(self) -> Traffic:
+        """Nothing goes anywhere."""
+        return Traffic()
 
     def close(self) -> None:
         """Nothing to close."""

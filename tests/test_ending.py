@@ -174,7 +174,11 @@ def test_where_retries_are_allowed_it_asks_for_more_time(job) -> None:
     assert it.calls.read_text().splitlines()[-1] == "scontrol update JobId=7 TimeLimit=90"
 
 
-@pytest.mark.parametrize(("said", "step"), [(PREEMPTED, 4), (LATE, 8), (RUNNING, 4), (":", 4)])
+@pytest.mark.parametrize(
+    ("said", "step"),
+    [(PREEMPTED, 4), (LATE, 8), (RUNNING, 4), (":", 4)],
+    ids=["preempted", "further", "early", "silence"],
+)
 def test_a_training_that_got_further_or_was_preempted_goes_on_later(job, said: str, step: int) -> None:
     it = job()
     it.slurm_says(said)

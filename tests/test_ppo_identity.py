@@ -55,10 +55,8 @@ def train(run: RunDir, config: Config, out: str) -> None:
 
 def shown(run: RunDir) -> list[Row]:
     """The rows at the top of the run, without times."""
-    return [
-        {key: value for key, value in row.items() if not key.startswith(("time/", "tokens_per_second"))}
-        for row in read_rows(run.metrics)
-    ]
+    timed = ("time/", "tokens_per_second", "reward_server/")
+    return [{key: value for key, value in row.items() if not key.startswith(timed)} for row in read_rows(run.metrics)]
 
 
 def test_by_hand_too_a_training_never_goes_on_from_another_ones_state(tmp_path: Path) -> None:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers_serving import serving_config
 from tritonclient.utils import InferenceServerException
 
-from pipeline import procs
+from pipeline import procs, status
 from pipeline.errors import UserError
-from pipeline.run import endpoint
+from pipeline.run import endpoint, service_metrics
 from pipeline.run.directory import RunDir
 from pipeline.serving import supervisor, wire
 from pipeline.serving.model_store import KnownAnswer, Manifest
 from pipeline.serving.server import free_port, make_spec, region_prefix, sweep_shared_memory
 from pipeline.serving.supervisor import Supervisor
+from pipeline.serving.usage import Meter, Traffic, Usage, traffic_row
 
 MANIFEST = Manifest(
     "id", "rm", "/rm", "w", "t", "float32", 64, 1, {}, {"max_difference": 0.0}, [KnownAnswer([1, 2], 0.5)], 1e-3
@@ -48,6 +53,7 @@ class FakeServer:
         self.fate: str | None = None
         self.loads = True
         self.canary: Callable[[Any, Any], None] | None = None
+        self.usage = Usage()
 
     def start(self) -> None:
         self.log.append("start")
@@ -76,6 +82,21 @@ class FakeServer:
 
     def client(self) -> Any:
         return self
+
+    def get_inference_statistics(self, _model: str, client_timeout: float) -> Any:
+        """As Triton tells it."""
+        told, name = self.usage, SimpleNamespace
+        none = name(count=0, ns=0)
+        inference = name(
+            success=name(count=told.requests, ns=0),
+            fail=name(count=told.failed, ns=0),
+            queue=name(count=0, ns=int(told.queue_s * 1e9)),
+            compute_input=none,
+            compute_infer=name(count=0, ns=int(told.compute_s * 1e9)),
+            compute_output=none,
+        )
+        counts = {"inference_count": told.sequences, "execution_count": told.executions}
+        return name(model_stats=[name(inference_stats=inference, **counts)])
 
     def async_infer(
         self, _model: str, _inputs: Any, callback: Callable[[Any, Any], None], client_timeout: float
@@ -192,6 +213,87 @@ def test_a_wrong_answer_is_a_fault(reward: float, healthy: bool, story: Story, m
     story.server.canary(reward, None)
     story.tick()
     assert (story.server.log[2:] == []) is healthy
+
+
+def test_a_reply_that_is_no_reward_is_a_fault(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    story.supervisor.start()
+    story.tick(supervisor.CANARY_S)
+    assert story.server.canary is not None
+    story.server.canary(SimpleNamespace(as_numpy=lambda name: np.array([[math.nan]], np.float32)), None)
+    story.tick()
+    assert story.server.log[2:] == ["stop"]
+
+
+def healthy_canary(story: Story) -> None:
+    """Let time pass until the supervisor asks, and give the known answer."""
+    story.tick(supervisor.CANARY_S)
+    assert story.server.canary is not None
+    story.server.canary(SimpleNamespace(as_numpy=lambda name: np.array([[0.5]], np.float32)), None)
+    story.tick()
+
+
+def test_what_the_server_did_is_recorded_when_others_asked_it(story: Story) -> None:
+    story.supervisor.start()
+    story.server.usage = Usage(requests=2, sequences=3, executions=2)  # the check, and the question that follows
+    healthy_canary(story)
+    assert service_metrics.last(story.run) is None
+    assert service_metrics.describe(story.run) == ""
+    story.server.usage = Usage(requests=43, failed=1, sequences=123, executions=22, queue_s=0.41, compute_s=0.82)
+    healthy_canary(story)
+    row = service_metrics.last(story.run)
+    assert row is not None
+    assert (row["requests"], row["failed"], row["sequences"], row["executions"]) == (41, 1, 120, 20)
+    assert (row["batch_mean"], row["queue_ms"], row["compute_ms"]) == pytest.approx((6.0, 10.0, 20.0))
+    assert (row["seconds"], row["reward_model"], row["server"]) == (supervisor.CANARY_S + 1, "id", 0)
+    assert service_metrics.describe(story.run) == "rewards: 2.6 requests/s, 6.0 sequences an execution, queue 10.0 ms"
+
+    story.server.usage = replace(story.server.usage, requests=53, sequences=133, executions=32)
+    story.supervisor.stop()  # counts what came since, too
+    row = service_metrics.last(story.run)
+    assert row is not None and row["requests"] == 10
+
+
+def test_the_status_shows_what_a_published_server_does(story: Story, capsys: pytest.CaptureFixture[str]) -> None:
+    story.run.config.write_text("{}\n")
+    trained = {"step": 4, "reward_server/padding": 0.034, "reward_server/tokens_per_second": 5120.4}
+    story.run.metrics.write_text(json.dumps(trained) + '\n{"step": 4}\n{"cut sho')
+    story.supervisor.start()
+    story.server.usage = Usage(requests=34, sequences=64, executions=16, queue_s=0.034)
+    healthy_canary(story)
+    assert status.main([str(story.run.root)]) == 0
+    line = "rewards: 2.1 requests/s, 4.0 sequences an execution, queue 1.0 ms, 5120 tokens/s, 3.4 % padding"
+    assert line in capsys.readouterr().out.splitlines()
+    story.supervisor.stop()
+    status.main([str(story.run.root)])
+    assert "rewards" not in capsys.readouterr().out
+
+
+def test_a_restarted_server_counts_from_nothing_again(story: Story) -> None:
+    story.supervisor.start()
+    story.server.usage = Usage(requests=1000, sequences=1000, executions=1000)
+    healthy_canary(story)
+    story.server.fate = "was killed by signal 9"
+    story.tick()
+    story.tick(0.6)
+    story.tick()
+    story.server.usage = Usage(requests=7, sequences=14, executions=7)
+    healthy_canary(story)
+    row = service_metrics.last(story.run)
+    assert row is not None and (row["requests"], row["sequences"]) == (7, 14)
+
+
+def test_clients_count_tokens_and_padding() -> None:
+    meter = Meter()
+    with meter.request([4, 2]), meter.request([8]):
+        pass
+    taken = meter.take()
+    assert (taken.requests, taken.sequences, taken.tokens, taken.padded, taken.in_flight) == (2, 3, 14, 16, 2)
+    assert 0.0 < taken.busy_s <= taken.latency_s
+    assert meter.take() == Traffic()
+    figures = traffic_row([replace(taken, busy_s=2.0), Traffic(), replace(taken, busy_s=7.0, latency_s=0.5)])
+    assert figures["tokens_per_second"] == 14 / 2 + 14 / 7
+    assert (figures["padding"], figures["requests"], figures["in_flight"]) == (1 - 14 / 16, 4, 2)
+    assert traffic_row([Traffic()]) == {}
 
 
 def test_the_heartbeat_goes_on_while_the_server_is_down(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ from pipeline.serving.engines import Engine
 from pipeline.serving.model_store import Manifest
 from pipeline.serving.sandbox import open_sandbox, prepare
 from pipeline.serving.server import TritonServer, make_spec
-from pipeline.serving.supervisor import supervise
+from pipeline.serving.service import supervise
 
 pytestmark = pytest.mark.triton
 MODEL = "reward-model"

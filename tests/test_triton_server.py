@@ -34,7 +34,8 @@ from pipeline.serving.pool import Place
 from pipeline.serving.sandbox import open_sandbox, prepare
 from pipeline.serving.scorer import LocalScorer
 from pipeline.serving.server import TritonServer, make_spec
-from pipeline.serving.supervisor import Supervisor, supervise
+from pipeline.serving.service import Service as Supervised
+from pipeline.serving.service import supervise
 
 pytestmark = pytest.mark.triton
 POISON = min(set(range(VOCAB)) - {token for sequence in parity.probe_sequences(VOCAB, 128) for token in sequence[:33]})
@@ -66,7 +67,7 @@ class Service:
 
     run: RunDir
     config: Config
-    supervisor: Supervisor
+    supervisor: Supervised
 
     @property
     def address(self) -> wire.Address:
@@ -404,7 +405,7 @@ def test_a_training_with_a_server_waits_for_it_though_an_older_endpoint_is_publi
         found.close()
 
 
-def tick_until_up(running: Supervisor) -> None:
+def tick_until_up(running: Supervised) -> None:
     while not running.up:
         running.tick()
 

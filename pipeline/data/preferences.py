@@ -64,7 +64,7 @@ def parse_row(row: Mapping[str, Any]) -> Preference:
             raise ValueError(f"has no '{key}'; its keys are: {', '.join(map(str, row)) or 'none'}")
         if not isinstance(row[key], str):
             raise ValueError(f"has a '{key}' that is {type(row[key]).__name__}, not text")  # noqa: TRY004 (bad data)
-        _check_characters(key, row[key])
+        check_characters(key, row[key])
     if "prompt" not in keys:
         return split_dialogues(row["chosen"], row["rejected"])
     prompt = row["prompt"].rstrip()
@@ -73,7 +73,7 @@ def parse_row(row: Mapping[str, Any]) -> Preference:
     return _preference(prompt, row["chosen"], row["rejected"])
 
 
-def _check_characters(key: str, text: str) -> None:
+def check_characters(key: str, text: str) -> None:
     """JSON can spell half of a surrogate pair ("\\ud83d"), which is no character: no file or tokenizer takes it."""
     try:
         text.encode("utf-8")

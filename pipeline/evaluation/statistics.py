@@ -1,4 +1,4 @@
-"""What a comparison of two policies on the same prompts may claim."""
+"""What a comparison of two policies on the same prompts, or of two answers by a reward model, may claim."""
 
 from __future__ import annotations
 
@@ -27,6 +27,30 @@ def paired_difference(a: Sequence[float], b: Sequence[float], confidence: float 
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     reach = t_quantile(0.5 + confidence / 2.0, len(differences) - 1) * error
     return PairedDifference(mean, mean - reach, mean + reach, len(differences))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def mean_estimate(values: Sequence[float]) -> Estimate:
+    """The mean, with its interval by Student's t; ValueError with fewer than two values."""
+    difference = paired_difference([0.0] * len(values), values)
+    return Estimate(difference.mean, difference.low, difference.high)
+
+
+def wilson(successes: float, count: int) -> Estimate:
+    """A share, with Wilson's score interval: it stays within 0 and 1, and has a width even where all succeed."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+    share, extra = successes / count, z * z / count
+    middle = (share + extra / 2.0) / (1.0 + extra)
+    reach = z / (1.0 + extra) * math.sqrt(share * (1.0 - share) / count + extra / (4.0 * count))
+    return Estimate(share, max(0.0, middle - reach), min(1.0, middle + reach))
 
 
 def win_rate(a: Sequence[float], b: Sequence[float]) -> float:

@@ -1,6 +1,7 @@
 """services/triton.json: where the reward servers are, and which model they serve.
 
-A training may have several: triton.json is the first one's, triton-1.json the second's, and so on.
+A training may have several: triton.json is the first one's, triton-1.json the second's, and so on. While one of them
+changes over to another model, its earlier self is triton-0-retiring.json.
 """
 
 from __future__ import annotations
@@ -40,13 +41,15 @@ class Endpoint:
     """Which of the run's servers it is."""
     tls: str = ""
     """The folder with the client's certificate, where the server asks for one."""
+    retiring: bool = False
+    """Whether a server of another model has taken its place, and it only serves those who still use its own."""
 
 
 def publish(run: RunDir, endpoint: Endpoint) -> None:
     """Write the endpoint and, for the first server, the triton.env that a person can `source`."""
     atomic.private_folder(run.endpoint.parent)
-    atomic.write_json(path(run, endpoint.index), asdict(endpoint), mode=0o600)
-    if endpoint.index == 0:
+    atomic.write_json(_file_of(run, endpoint), asdict(endpoint), mode=0o600)
+    if endpoint.index == 0 and not endpoint.retiring:
         lines = [f"export TRITON_HOST={shlex.quote(endpoint.triton_host)}"]
         if endpoint.tls:
             lines.append(f"export TRITON_TLS={shlex.quote(endpoint.tls)}")
@@ -56,34 +59,34 @@ def publish(run: RunDir, endpoint: Endpoint) -> None:
 def beat(run: RunDir, endpoint: Endpoint) -> None:
     """Renew the heartbeat of a published endpoint, unless another server has taken its place."""
     if not replaced(run, endpoint):
-        atomic.write_json(path(run, endpoint.index), {**asdict(endpoint), "heartbeat": time.time()}, mode=0o600)
+        atomic.write_json(_file_of(run, endpoint), {**asdict(endpoint), "heartbeat": time.time()}, mode=0o600)
 
 
 def replaced(run: RunDir, endpoint: Endpoint) -> bool:
     """Whether another server is published in this one's place: its job was given up for lost and started elsewhere."""
-    found = read(run, endpoint.index)
+    found = read(run, endpoint.index, endpoint.retiring)
     return found is not None and (found.host, found.pid) != (endpoint.host, endpoint.pid)
 
 
-def withdraw(run: RunDir, index: int | None = None) -> None:
+def withdraw(run: RunDir, index: int | None = None, retiring: bool = False) -> None:
     """Remove the endpoint of a server that stops; without an index, those of all."""
-    doomed = _files(run) if index is None else [path(run, index)]
-    if index in (None, 0):
+    doomed = _files(run) if index is None else [path(run, index, retiring)]
+    if index in (None, 0) and not retiring:
         doomed.append(env_file(run))
     for file in doomed:
         file.unlink(missing_ok=True)
 
 
-def read(run: RunDir, index: int = 0) -> Endpoint | None:
+def read(run: RunDir, index: int = 0, retiring: bool = False) -> Endpoint | None:
     """A published endpoint, or None."""
-    raw: dict[str, Any] | None = atomic.read_json(path(run, index))
+    raw: dict[str, Any] | None = atomic.read_json(path(run, index, retiring))
     return Endpoint(**raw) if raw is not None else None
 
 
 def read_all(run: RunDir) -> list[Endpoint]:
-    """All published endpoints, by index."""
+    """All published endpoints, by index; those that retire come last."""
     found = (atomic.read_json(file) for file in _files(run))
-    return sorted((Endpoint(**raw) for raw in found if raw is not None), key=lambda one: one.index)
+    return sorted((Endpoint(**raw) for raw in found if raw is not None), key=lambda one: (one.retiring, one.index))
 
 
 def expect(run: RunDir) -> None:
@@ -98,9 +101,15 @@ def expected(run: RunDir) -> bool:
     return said is not None and time.time() - float(said["time"]) < EXPECTED_S
 
 
-def path(run: RunDir, index: int) -> Path:
+def path(run: RunDir, index: int, retiring: bool = False) -> Path:
     """The file of the server with this index."""
+    if retiring:
+        return run.endpoint.with_name(f"triton-{index}-retiring.json")
     return run.endpoint if index == 0 else run.endpoint.with_name(f"triton-{index}.json")
+
+
+def _file_of(run: RunDir, endpoint: Endpoint) -> Path:
+    return path(run, endpoint.index, endpoint.retiring)
 
 
 def env_file(run: RunDir) -> Path:

@@ -34,31 +34,37 @@ logger = logging.getLogger(__name__)
 
 
 def connect_scorer(
-    run: RunDir, config: Config, environ: Mapping[str, str] = os.environ, device: str | None = None
+    run: RunDir,
+    config: Config,
+    environ: Mapping[str, str] = os.environ,
+    device: str | None = None,
+    identity: str | None = None,
 ) -> Scorer:
     """The run's source of rewards: $TRITON_HOST, else the published servers, else the model itself in this process.
 
     `device` is where the in-process model goes; by default the current GPU, or the CPU where there is none.
-    Raises UserError when no server can be reached or they serve another reward model than the run converted.
+    `identity` is the reward model's, by default that of the model which the run is to use.
+    Raises UserError when no server can be reached or they serve another reward model than the run is to use: the one
+    that it converted, or that was announced since.
     """
-    reference = run_reference(run)
+    reference = run_reference(run, identity)
     named = environ.get(TRITON_HOST)
     if named:
         place = Place(wire.parse_address(named, tls=environ.get(wire.TLS_VARIABLE)))
         logger.info("rewards come from %s=%s", TRITON_HOST, place.address)
         return TritonScorer(lambda: [place], config.serving, reference, _CONNECT_S)
-    servers = Published(run, turn=int(environ.get("RANK", "0")))
+    servers = Published(run, reference.identity, turn=int(environ.get("RANK", "0")))
     wait_s = float(environ.get(endpoint.WAIT_VARIABLE, "0"))
     published = _wait_for_endpoint(servers, wait_s)
     # A job that was given a server waits for it: what is published may be of before it moved, or by another clock.
-    if published and (wait_s or time.time() - max(one.heartbeat for one in published) < LIVE_S):
+    if published and (wait_s or servers.alive()):
         logger.info("rewards come from the run's server at %s", ", ".join(one.triton_host for one in published))
         return TritonScorer(servers, config.serving, reference, expected=lambda: endpoint.expected(run))
     if published:
         logger.warning("%s: ignored, its server has shown no life for %.0f s", run.endpoint, LIVE_S)
     if device is None:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-    folder = reward_folder(run, config)
+    folder = reward_folder(run, config, reference.identity)
     logger.info("no reward server: rewards are computed in this process, on %s, from %s", device, folder)
     return LocalScorer(folder, config.serving, device, reference.identity)
 
@@ -198,17 +204,25 @@ def is_retriable(error: InferenceServerException) -> bool:
 class Published:
     """Where the run's servers are now, in an order that is another on each rank: they begin at different ones."""
 
-    def __init__(self, run: RunDir, turn: int = 0) -> None:
+    def __init__(self, run: RunDir, identity: str | None, turn: int = 0) -> None:
+        """`identity`: which reward model they must serve, if it matters."""
         self.run = run
+        self._identity = identity
         self._turn = turn
 
     def endpoints(self) -> list[endpoint.Endpoint]:
         """The endpoints that this node can reach; those that have shown life lately, where there are such."""
         here = os.uname().nodename
         found = [
-            one for one in endpoint.read_all(self.run) if not one.triton_host.startswith("unix:") or one.host == here
+            one
+            for one in endpoint.read_all(self.run)
+            if self._identity in (None, one.digest) and (not one.triton_host.startswith("unix:") or one.host == here)
         ]
         return [one for one in found if time.time() - one.heartbeat < LIVE_S] or found
+
+    def alive(self) -> bool:
+        """Whether one of them has shown life lately."""
+        return any(time.time() - one.heartbeat < LIVE_S for one in self.endpoints())
 
     def __call__(self) -> list[Place]:
         found = self.endpoints()
@@ -216,7 +230,7 @@ class Published:
         return [self._place(one) for one in found[first:] + found[:first]]
 
     def _place(self, one: endpoint.Endpoint) -> Place:
-        address = wire.parse_address(one.triton_host, str(endpoint.path(self.run, one.index)), one.tls)
+        address = wire.parse_address(one.triton_host, str(endpoint.path(self.run, one.index, one.retiring)), one.tls)
         return Place(address, f"{one.host} {one.pid} {one.started}")
 
 

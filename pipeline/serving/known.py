@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import tritonclient.grpc as triton
 
 from pipeline.config.serving import Serving
 from pipeline.errors import UserError
+from pipeline.run import reward_models
 from pipeline.run.directory import RunDir
 from pipeline.serving import wire
-from pipeline.serving.model_store import MANIFEST, KnownAnswer, read_manifest
+from pipeline.serving.model_store import MANIFEST, KnownAnswer, Manifest, read_manifest
 
 PROBE_S = 10.0
 """How long a server may take to say which model it serves: that waits behind nobody's work."""
@@ -30,19 +32,24 @@ class Reference:
     tolerance: float = 0.0
 
 
-def run_reference(run: RunDir) -> Reference:
-    """What the run's conversion says of its model."""
-    outputs = run.outputs("convert")
-    if outputs is None:
-        return Reference()
-    identity = outputs.values.get("identity")
-    if "model_store" not in outputs.artifacts:
+def run_reference(run: RunDir, identity: str | None = None) -> Reference:
+    """What the manifest says of the model with this identity: by default of that which the run is to use."""
+    identity = identity or reward_models.expected(run)
+    model, outputs = reward_models.announced(run, identity) if identity else None, run.outputs("convert")
+    if model is not None:
+        store = Path(model.store)
+    elif outputs is not None and "model_store" in outputs.artifacts:
+        store = run.root / outputs.artifacts["model_store"].path
+    else:
         return Reference(identity)
-    store = run.root / outputs.artifacts["model_store"].path
     if not (store / MANIFEST).exists():  # purged: a server elsewhere may still have it
         return Reference(identity)
-    manifest = read_manifest(store)
-    return Reference(identity, tuple(manifest.known_answers), manifest.answer_tolerance)
+    return replace(reference_of(read_manifest(store)), identity=identity)
+
+
+def reference_of(manifest: Manifest) -> Reference:
+    """What a model store says of its model."""
+    return Reference(manifest.identity, tuple(manifest.known_answers), manifest.answer_tolerance)
 
 
 def examine(
@@ -57,7 +64,7 @@ def examine(
     identity = parameters.get("identity")
     if reference.identity is not None and identity != reference.identity:
         raise UserError(
-            f"{address}: serves another reward model ({_short(identity)}) than this run converted "
+            f"{address}: serves another reward model ({_short(identity)}) than this run is to use "
             f"({_short(reference.identity)}); start that model's server, or unset TRITON_HOST"
         )
     if reference.answers:

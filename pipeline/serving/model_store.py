@@ -29,7 +29,7 @@ from pipeline.config.schema import Config
 from pipeline.config.serving import Serving
 from pipeline.errors import UserError
 from pipeline.resources import resource_dir
-from pipeline.run import atomic
+from pipeline.run import atomic, reward_models
 from pipeline.run.directory import RunDir
 from pipeline.run.hashing import fingerprint, sha256_file
 from pipeline.run.sources import reward_model_path
@@ -107,10 +107,13 @@ def model_folder(store: Path, name: str) -> Path:
     return store / name / VERSION / MODEL_FOLDER
 
 
-def reward_folder(run: RunDir, config: Config) -> Path:
-    """The run's reward model as a Hugging Face folder: in the store where it is converted, else where it comes from."""
-    if run.outputs("convert") is not None:
-        store = run.artifact("convert", "model_store")
+def reward_folder(run: RunDir, config: Config, identity: str | None = None) -> Path:
+    """The run's reward model as a Hugging Face folder: in the store where it is converted, else where it comes from.
+
+    `identity` is that of the model which the run is to use by now, if it is not the converted one.
+    """
+    if identity is not None or run.outputs("convert") is not None:
+        store = reward_models.store_of(run, identity)
         return model_folder(store, read_manifest(store).model_name)
     folder = reward_model_path(run, config)
     if not (folder / "config.json").is_file():

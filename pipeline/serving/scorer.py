@@ -14,6 +14,7 @@ from typing import Protocol
 
 from pipeline.config.serving import Serving
 from pipeline.serving.scoring import MAX_PADDING, RewardModel, fill, pack
+from pipeline.serving.usage import Meter, Traffic
 from pipeline.serving.wire import check_finite
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,9 @@ class Scorer(Protocol):
     def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         """`submit` and wait."""
 
+    def traffic(self) -> Traffic:
+        """What was asked for since the last call of this."""
+
     def close(self) -> None:
         """Give up what is under way and release threads, connections and the model."""
 
@@ -50,6 +54,7 @@ class BatchScorer(ABC):
         self._serving = serving
         self._identity = identity
         self._closed = threading.Event()
+        self._meter = Meter()
         self._waiting: queue.SimpleQueue[tuple[_Call, list[int]] | None] = queue.SimpleQueue()
         self._threads = [
             # Daemons: a trainer that fails must be able to exit while a request is being retried.
@@ -82,6 +87,10 @@ class BatchScorer(ABC):
         """See `Scorer`."""
         return self.submit(sequences).result()
 
+    def traffic(self) -> Traffic:
+        """See `Scorer`."""
+        return self._meter.take()
+
     def close(self) -> None:
         """See `Scorer`. Calls that are not done fail with RuntimeError."""
         self._closed.set()
@@ -100,7 +109,9 @@ class BatchScorer(ABC):
             try:
                 if self._closed.is_set():
                     raise RuntimeError("the scorer was closed")
-                rewards = self._score_batch([call.rows[index] for index in batch])
+                rows = [call.rows[index] for index in batch]
+                with self._meter.request([len(row) for row in rows]):
+                    rewards = self._score_batch(rows)
             except Exception as error:  # handed to whoever waits for the result
                 call.fail(error)
             else:

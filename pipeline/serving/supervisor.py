@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 from tritonclient.utils import InferenceServerException
 
-from pipeline.config.schema import Config
 from pipeline.config.serving import Serving
 from pipeline.errors import UserError
-from pipeline.run import endpoint
+from pipeline.run import endpoint, service_metrics
 from pipeline.run.directory import RunDir
-from pipeline.serving import tls, wire
-from pipeline.serving.engines import Engine
-from pipeline.serving.model_store import VERSION, Manifest, read_manifest
-from pipeline.serving.server import TritonServer, make_spec
+from pipeline.serving import wire
+from pipeline.serving.model_store import VERSION, Manifest
+from pipeline.serving.server import TritonServer
+from pipeline.serving.usage import Usage, read_usage
 
 MAX_RESTARTS = 5
 """Restarts in a row; a server that stays healthy for HEALTHY_S starts a new row."""
@@ -28,41 +26,10 @@ HEALTHY_S = 600.0
 BEAT_S = 5.0
 CANARY_S = 15.0
 """Seconds between known-answer inferences: a server whose model process died still calls itself ready."""
+_COUNT_S = 1.0
+"""Seconds that a server, which has just given an answer, may take to tell its counts."""
 
 logger = logging.getLogger(__name__)
-
-
-@contextlib.contextmanager
-def supervise(
-    run: RunDir,
-    config: Config,
-    engine: Engine,
-    devices: Sequence[str],
-    log_path: Path,
-    job_id: str,
-    *,
-    wait: bool = True,
-    index: int = 0,
-) -> Iterator[Supervisor]:
-    """Serve the run's model store while the block runs; the block calls `tick` about once a second.
-
-    On entry the server is ready, has answered the known questions and is published; with `wait=False` it is only
-    started, `triton_host` is known, and the ticks see to the rest, so that clients can start meanwhile. On exit it is
-    drained and withdrawn. `index` tells the servers of one run apart.
-    Raises UserError, here or in a tick, when it does not start.
-    """
-    store = run.artifact("convert", "model_store")
-    manifest = read_manifest(store)
-    certificates = tls.ensure(run.endpoint.parent / "tls") if config.serving.bind in ("loopback", "network") else None
-    spec = make_spec(config.serving, store, devices, certificates, config.cluster.interface)
-    env = {**os.environ, "OMP_NUM_THREADS": str(config.serving.num_threads)}
-    server = TritonServer(engine, spec, manifest.model_name, log_path, env)
-    supervisor = Supervisor(run, server, manifest, config.serving, job_id, index=index)
-    try:
-        supervisor.start(wait)
-        yield supervisor
-    finally:
-        supervisor.stop()
 
 
 class Supervisor:
@@ -77,8 +44,12 @@ class Supervisor:
         job_id: str,
         clock: Callable[[], float] = time.monotonic,
         index: int = 0,
+        before_publishing: Callable[[], None] = lambda: None,
     ) -> None:
+        """`index` tells the servers of one run apart; `before_publishing` is called when another's place is taken."""
         self._index = index
+        self._before_publishing = before_publishing
+        self._retiring = False
         self._run = run
         self._server = server
         self._manifest = manifest
@@ -97,11 +68,26 @@ class Supervisor:
         self._canary_at = 0.0
         self._canary: list[str | None] | None = None
         """None: none under way; []: under way; [None]: healthy; [text]: what is wrong."""
+        self._asked_by_us = 0
+        """Requests of this supervisor's own since the counts were last read."""
+        self._usage = Usage()
+        self._counted = 0.0
+        self._last_used = 0.0
 
     @property
     def triton_host(self) -> str:
         """What clients' TRITON_HOST must be; the same after a restart, unless the port was taken meanwhile."""
         return self._server.triton_host
+
+    @property
+    def identity(self) -> str:
+        """Which reward model it serves."""
+        return self._manifest.identity
+
+    @property
+    def idle_s(self) -> float:
+        """For how long nobody is known to have asked for a reward."""
+        return self._clock() - self._last_used
 
     @property
     def restarts(self) -> int:
@@ -137,12 +123,21 @@ class Supervisor:
         elif self._phase == "starting":
             self._attempt(self._finish_start)
 
+    def retire(self) -> None:
+        """Make room for a server of another model: go on serving those who use this one, published apart."""
+        self._retiring = True
+        if self._endpoint is not None:
+            self._endpoint = replace(self._endpoint, retiring=True)
+            endpoint.publish(self._run, self._endpoint)
+
     def stop(self) -> None:
-        """Withdraw the endpoint and drain the server."""
+        """Withdraw the endpoint and drain the server: what it was asked is answered."""
+        if self.up and self._server.ended() is None:
+            self._count()
         self._phase = "stopped"
         if self._endpoint is not None:
             if not endpoint.replaced(self._run, self._endpoint):
-                endpoint.withdraw(self._run, self._index)
+                endpoint.withdraw(self._run, self._index, self._retiring)
             self._endpoint = None
         self._server.stop()
         self._server.remove_socket_folder()
@@ -168,10 +163,14 @@ class Supervisor:
             heartbeat=now,
             index=self._index,
             tls=self._server.address.tls or "",
+            retiring=self._retiring,
         )
+        self._before_publishing()
         endpoint.publish(self._run, self._endpoint)
         self._phase, self._since = "up", self._clock()
         self._canary, self._canary_at = None, self._since + CANARY_S
+        self._usage, self._counted, self._last_used = Usage(), self._since, self._since
+        self._asked_by_us = 1
 
     def _watch(self, now: float) -> None:
         ended = self._server.ended()
@@ -186,6 +185,23 @@ class Supervisor:
             fault, self._canary, self._canary_at = self._canary[0], None, now + CANARY_S
             if fault is not None:
                 self._down(f"tritonserver {fault}")
+            else:
+                self._count()
+
+    def _count(self) -> None:
+        """Record what the server did since the last time, if others than this supervisor asked it for anything."""
+        try:
+            usage = read_usage(self._server.client(), self._manifest.model_name, _COUNT_S)
+        except InferenceServerException as error:
+            logger.warning("%s does not tell its counts: %s", self.triton_host, wire.error_line(error))
+            return
+        now = self._clock()
+        since, seconds, own = usage.since(self._usage), now - self._counted, self._asked_by_us
+        self._usage, self._counted, self._asked_by_us = usage, now, 0
+        if since.requests + since.failed > own:
+            self._last_used = now
+            row = {"time": round(time.time(), 3), "server": self._index, "reward_model": self.identity}
+            service_metrics.append(self._run, row | since.row(max(seconds, 1e-3)))
 
     def _send_canary(self) -> None:
         """Ask for one known answer without waiting; gRPC's thread leaves the verdict in `_canary`."""
@@ -200,12 +216,13 @@ class Supervisor:
                 (reward,) = wire.read_rewards(result, 1)
                 if abs(reward - answer.reward) > tolerance:
                     raise ValueError(f"the reward is {reward:.6g}, not {answer.reward:.6g}")
-            except ValueError as fault:
+            except (UserError, ValueError) as fault:
                 verdict.append(f"answered wrongly to a known question: {fault}")
             else:
                 verdict.append(None)
 
         self._canary = verdict
+        self._asked_by_us += 1
         self._server.client().async_infer(
             self._manifest.model_name,
             wire.request_inputs([answer.tokens]),

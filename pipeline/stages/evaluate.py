@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.config.schema import Config
+from pipeline.run import reward_models
 from pipeline.stages.base import Context, Stage, Work, module_command, number
 from pipeline.stages.train import policy_start, reward_source
 
@@ -13,8 +14,10 @@ class Evaluate(Stage):
     name = "evaluate"
 
     def settings(self, context: Context) -> dict[str, Any]:
-        config = context.config
+        config, announced = context.config, reward_models.announced(context.run)
+        other_model = {"announced_reward_model": announced.identity} if announced is not None else {}
         return {
+            **other_model,
             "seed": config.seed,
             "evaluate": config.evaluate.model_dump(mode="json"),
             "generate": config.generate.model_dump(mode="json"),

@@ -25,7 +25,7 @@ from pipeline.stages.registry import REGISTRY
 from pipeline.stages.service import share_devices, supervised
 
 if TYPE_CHECKING:
-    from pipeline.serving.supervisor import Supervisor
+    from pipeline.serving.service import Service
 
 log = logging.getLogger("pipeline")
 
@@ -68,7 +68,7 @@ def _follow(run: RunDir, config: Config, names: tuple[str, ...], nodes: Nodes, m
         if meeting.over(CALL_S):
             raise _LeaderGone
         time.sleep(0.2)
-    server: Supervisor | None = None
+    server: Service | None = None
 
     def tick() -> None:
         meeting.beat(nodes.rank)

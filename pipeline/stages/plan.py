@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.errors import UserError
-from pipeline.run import endpoint
+from pipeline.run import endpoint, reward_models
 from pipeline.run.directory import Outputs
 from pipeline.run.hashing import fingerprint
 from pipeline.run.sources import check_sources
@@ -170,7 +170,7 @@ def _live_endpoint(context: Context, plan: Mapping[str, Planned]) -> endpoint.En
         return None
     convert = plan.get("convert")
     converts = convert is not None and convert.action != "skip"
-    if converts or found.digest != context.run.values("convert").get("identity", found.digest):
+    if converts or found.digest != (reward_models.expected(context.run) or found.digest):
         raise UserError(
             f"{context.run.root}: a server of this run serves its earlier model store (job {found.job_id}); "
             "stop it first with pipeline.cancel"

@@ -23,7 +23,7 @@ from pipeline.stages.partner import LOOK_S, Partner
 from pipeline.stages.surroundings import OFFLINE
 
 if TYPE_CHECKING:
-    from pipeline.serving.supervisor import Supervisor
+    from pipeline.serving.service import Service
 
 
 def share_devices(config: Config, names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -42,13 +42,13 @@ def serve_train(context: Context, submission: str, reason: str, forced: bool, no
     run, serving = context.run, context.config.serving
     set_state(run, "serve", submission, "running", "starting tritonserver")
     endpoint.withdraw(run)  # of an attempt that was killed: the training must not take it for this one's
-    announced = False
+    announced = ""
 
     def tick() -> None:
         nonlocal announced
         server.tick()
-        if server.up and not announced:
-            announced = True
+        if server.up and announced != server.triton_host:
+            announced = server.triton_host
             set_state(run, "serve", submission, "running", f"TRITON_HOST={server.triton_host}")
 
     try:
@@ -104,8 +104,8 @@ def serve_alone(run: RunDir, config: Config, submission: Submission, nodes: Node
             leader.beat()  # a model may take longer to load than other nodes wait for a word
             server.tick()
             before = announced, missing
-            if server.up and not announced:
-                announced = f"TRITON_HOST={server.triton_host}"
+            if server.up:
+                announced = f"TRITON_HOST={server.triton_host}"  # which a change of model moves
             if not missing and (lost := leader.lost()) is not None:
                 missing = f"; goes on without {lost}"
             if (announced, missing) != before:
@@ -119,13 +119,13 @@ def serve_alone(run: RunDir, config: Config, submission: Submission, nodes: Node
 @contextlib.contextmanager
 def supervised(
     run: RunDir, config: Config, devices: tuple[str, ...], *, index: int = 0, tick: Tick = lambda: None
-) -> Iterator[Supervisor]:
+) -> Iterator[Service]:
     """The run's reward server while the block runs, which ticks it; it is not waited for.
 
     `index` tells the servers of several nodes apart; `tick` is called while an image is unpacked, which takes minutes.
     """
     from pipeline.serving.sandbox import open_sandbox
-    from pipeline.serving.supervisor import supervise  # brings gRPC: not needed while a job waits
+    from pipeline.serving.service import supervise  # brings gRPC: not needed while a job waits
 
     if run.outputs("sandbox") is None:
         raise UserError(f"{run.root}: stage sandbox is not done; run it first with --stage sandbox")

@@ -6,6 +6,7 @@ and without a result, when it was asked to stop; started again, it goes on from 
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from pathlib import Path
@@ -27,7 +28,6 @@ from pipeline.data.tokens import load_tokenizer, same_vocabulary
 from pipeline.run import atomic, hashing, sources
 from pipeline.run.directory import RunDir
 from pipeline.run.work import Progress, parse_work, write_result
-from pipeline.serving.client import connect_scorer
 from pipeline.serving.model_store import reward_folder
 from pipeline.training.baselines import baseline_scores
 from pipeline.training.checkpoint import Checkpoints
@@ -36,6 +36,7 @@ from pipeline.training.policy import Policy
 from pipeline.training.prompts import all_prompts, derive_seed
 from pipeline.training.ranks import Ranks, make_accelerator
 from pipeline.training.report_once import run_rank
+from pipeline.training.reward_source import LEDGER, RewardSource
 from pipeline.training.rollout import Sampler
 from pipeline.training.scoring_text import ScoringText
 from pipeline.training.split import Split, frozen_reference, split_model
@@ -71,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         state, complete = trainer.train()
     finally:
         trainer.sampler.scorer.close()
+        trainer.rewards.release()
     if complete:
         save_policy(split, trainer.sampler.tokenizer, out / "policy", accelerator, ranks)
         if ranks.first:
@@ -116,9 +118,12 @@ def assemble(
         stops=stops,
         max_length=config.serving.max_length,
     )
-    scorer = connect_scorer(run, config)
+    checkpoints = Checkpoints(run.checkpoints / name, ranks, config.train.keep_checkpoints)
+    rewards = RewardSource(run, config, checkpoints.folder / LEDGER, ranks)
+    scorer = rewards.connect()
     sampler = Sampler(split, tokenizer, scoring, scorer, config.generate, config.prompt_length, accelerator.autocast)
-    data = load_data(run, config, sampler, ranks, progress)
+    rescore = functools.partial(load_data, run, config, ranks=ranks, progress=progress)
+    data = rescore(sampler)
     total = config.train.total_steps
     updater = Updater(
         accelerator,
@@ -130,8 +135,10 @@ def assemble(
         config.optimizer.max_grad_norm,
         rate=lambda step: learning_rate(step, config.optimizer, config.scheduler, total),
     )
-    checkpoints = Checkpoints(run.checkpoints / name, ranks, config.train.keep_checkpoints)
-    return Trainer(run, config, data, sampler, updater, reference, ranks, checkpoints, progress, stop), split
+    trainer = Trainer(
+        run, config, data, sampler, updater, reference, ranks, checkpoints, progress, stop, rewards, rescore
+    )
+    return trainer, split
 
 
 def checkpoints_name(run: RunDir, config: Config, ranks: Ranks) -> str:

@@ -6,7 +6,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from pipeline.training.decode import Response
 from pipeline.training.heldout import heldout_reward
 from pipeline.training.metrics import METRICS, Row, append_row, keep_rows_until
 from pipeline.training.prompts import generator_for, phase_prompts
+from pipeline.training.reward_source import RewardSource, server_figures
 from pipeline.training.rollout import PendingScores, Sampler
 from pipeline.training.split import Top
 from pipeline.training.stop import StopRequest
@@ -73,6 +74,11 @@ def state_from(raw: Mapping[str, Any]) -> TrainState:
     return TrainState(**{**values, "moments": moments_from(raw["moments"])})
 
 
+def renewed(state: TrainState) -> TrainState:
+    """The state from which training goes on under another reward model: scores of two models do not compare."""
+    return replace(state, moments=RunningMoments(), first_reward=None, best_reward=None, best_step=state.step)
+
+
 def steps_per_phase(config: Config) -> int:
     """Optimiser steps of a full phase."""
     return config.ppo.ppo_epochs * config.ppo.num_rollouts // config.train.batch_size
@@ -102,6 +108,9 @@ class Trainer:
     checkpoints: Checkpoints
     progress: Progress
     stop: StopRequest
+    rewards: RewardSource
+    rescore: Callable[[Sampler], Data]
+    """The data again, with baselines by the sampler's scorer."""
 
     @property
     def metrics(self) -> Path:
@@ -117,10 +126,12 @@ class Trainer:
             keep_rows_until(self.metrics, state.step if raw else -1)
             atomic.replace_symlink(self.run.metrics, self.metrics)
         saved = state.step if raw else -1
+        if self.rewards.begin(state.phase, self.sampler.scorer):
+            state = renewed(state)
         if raw is None:
             state = self._evaluate(state)
         while state.step < total:
-            before = state
+            before = state = self._follow_announcement(state)
             state = self._phase(state) or before
             stopping = state is before or self.ranks.any(bool(self.stop))
             last = state.step >= total
@@ -136,6 +147,7 @@ class Trainer:
     def _phase(self, state: TrainState) -> TrainState | None:
         """One phase: sample, score, estimate, update. None when a stop was asked for before the first update."""
         started = time.monotonic()
+        self.sampler.scorer.traffic()  # an evaluation's is not this phase's
         config, ppo, ranks = self.config, self.config.ppo, self.ranks
         rows = phase_prompts(state.phase, ranks.rank, ranks.world, ppo.num_rollouts, len(self.data.train), config.seed)
         responses, pending = self._sample(rows, state.phase)
@@ -187,6 +199,7 @@ class Trainer:
             "time/phase": ended - started,
         }
         row["tokens_per_second"] = row["tokens/response"] / row["time/phase"]
+        row |= server_figures(self.run, ranks.gather(self.sampler.scorer.traffic()), time.time() - row["time/phase"])
         self._record(row)
         self.progress_note(step, f"reward {row['rollout_scores/mean']:.2f} kl {kl:.2f}")
         return replace(
@@ -199,6 +212,16 @@ class Trainer:
             rollouts=state.rollouts + ppo.num_rollouts * ranks.world,
             seconds=state.seconds + ended - started,
         )
+
+    def _follow_announcement(self, state: TrainState) -> TrainState:
+        """Change to another reward model if the run announces one. What came before is saved first."""
+        identity = self.rewards.announced(self.sampler.scorer) if state.phase else None
+        if identity is None:
+            return state
+        self.checkpoints.save(self.updater.accelerator, state.step, state.plain())
+        self.sampler = replace(self.sampler, scorer=self.rewards.change(state.phase, identity, self.sampler.scorer))
+        self.data = self.rescore(self.sampler)
+        return renewed(state)
 
     def _sample(self, rows: Sequence[int], phase: int) -> tuple[list[Response], list[PendingScores]]:
         """Sample the phase's chunks; a stop that is asked for meanwhile cuts it short."""
@@ -263,6 +286,7 @@ class Trainer:
         )
 
     def _record(self, row: Row) -> None:
+        row["reward_model"] = self.sampler.scorer.identity
         if self.ranks.first:
             append_row(self.metrics, row)
         numbers = {key: value for key, value in row.items() if key != "step"}

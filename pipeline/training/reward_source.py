@@ -1,0 +1,130 @@
+"""The reward model that a training is scored by, and its change between two phases to one that the run announces.
+
+checkpoints/<fingerprint>/reward-models.json says from which phase on which model counts. A change is preceded by a
+checkpoint: whoever resumes later never has to score an earlier phase, and so never needs the earlier model again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config.schema import Config
+from pipeline.run import atomic, endpoint, reward_models, service_metrics
+from pipeline.run.directory import RunDir
+from pipeline.serving.client import TRITON_HOST, Published, connect_scorer
+from pipeline.serving.scorer import LocalScorer
+from pipeline.serving.usage import Traffic, traffic_row
+from pipeline.training.ranks import Ranks
+
+if TYPE_CHECKING:
+    from pipeline.serving.scorer import Scorer
+
+LEDGER = "reward-models.json"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RewardSource:
+    """Connects to the run's reward model, and says when there is another. To be asked by every rank."""
+
+    run: RunDir
+    config: Config
+    ledger: Path
+    """This training's record of its models."""
+    ranks: Ranks
+
+    def connect(self) -> Scorer:
+        """The model that the run is to use now; every rank gets the same."""
+        identity = self.ranks.from_first(reward_models.expected(self.run) if self.ranks.first else None)
+        self._note_use(identity)
+        return self._connect(identity)
+
+    def begin(self, phase: int, scorer: Scorer) -> bool:
+        """Record which model scores the next phase, the first of this segment.
+
+        Returns whether it is the first phase after a change of model.
+        """
+        entries = [entry for entry in self._entries() if entry["phase"] <= phase]
+        if entries and entries[-1]["identity"] == scorer.identity:
+            return len(entries) > 1 and bool(entries[-1]["phase"] == phase)
+        self._write(entries, phase, scorer.identity)
+        if entries:
+            _report(phase, scorer.identity, entries[-1]["identity"])
+        return bool(entries)
+
+    def announced(self, scorer: Scorer) -> str | None:
+        """The identity of another model than the scorer's, if the run announces one that every rank can change to."""
+        wanted = self.ranks.from_first(self._wanted(scorer) if self.ranks.first else None)
+        if wanted is None:
+            return None
+        waits = not isinstance(scorer, LocalScorer) and not wanted["alone"]
+        missing = waits and not Published(self.run, wanted["identity"]).alive()
+        return None if self.ranks.any(missing) else str(wanted["identity"])
+
+    def change(self, phase: int, identity: str, scorer: Scorer) -> Scorer:
+        """Connect to the announced model, which scores from `phase` on, and let go of the earlier one."""
+        local = isinstance(scorer, LocalScorer)
+        scorer.close()
+        self._note_use(identity)  # a server that has to make room is told by this
+        changed = self._connect(identity, wait=not local)
+        self._write(self._entries(), phase, identity)
+        _report(phase, identity, scorer.identity)
+        return changed
+
+    def release(self) -> None:
+        """The training is over, or stops for now."""
+        if self.ranks.first:
+            reward_models.release(self.run)
+
+    def _wanted(self, scorer: Scorer) -> dict[str, Any] | None:
+        model = reward_models.announced(self.run)
+        expected = reward_models.expected(self.run)
+        if expected is None or expected == scorer.identity or os.environ.get(TRITON_HOST):
+            return None  # TRITON_HOST names one server: it cannot lead to another
+        return {"identity": expected, "alone": model is not None and model.alone}
+
+    def _connect(self, identity: str | None, wait: bool = False) -> Scorer:
+        """`wait`: its server is known to come."""
+        environ = dict(os.environ)
+        if wait:
+            environ[endpoint.WAIT_VARIABLE] = str(self.config.serving.start_timeout_s)
+        return connect_scorer(self.run, self.config, environ, identity=identity)
+
+    def _entries(self) -> list[dict[str, Any]]:
+        """The record, as rank 0 reads it."""
+        entries: list[dict[str, Any]] = self.ranks.from_first(
+            atomic.read_json(self.ledger) or [] if self.ranks.first else None
+        )
+        return entries
+
+    def _write(self, entries: list[dict[str, Any]], phase: int, identity: str | None) -> None:
+        kept = [entry for entry in entries if entry["phase"] < phase]
+        if self.ranks.first:
+            atomic.write_json(self.ledger, [*kept, {"phase": phase, "identity": identity}])
+
+    def _note_use(self, identity: str | None) -> None:
+        if self.ranks.first:
+            reward_models.use(self.run, identity)
+
+
+def server_figures(run: RunDir, clients: Sequence[Traffic], since: float) -> dict[str, float]:
+    """What this training's clients asked for, and how its server fared since the time `since`, as metrics."""
+    figures: dict[str, float] = traffic_row(clients)
+    server = service_metrics.last(run)
+    if figures and server is not None and server["time"] >= since:
+        figures |= {name: server[name] for name in ("batch_mean", "queue_ms", "compute_ms")}
+    return {f"{service_metrics.PREFIX}{name}": value for name, value in figures.items()}
+
+
+def _report(phase: int, identity: str | None, earlier: str | None) -> None:
+    logger.info("from phase %d on rewards come from %s, no longer from %s", phase, _short(identity), _short(earlier))
+
+
+def _short(identity: str | None) -> str:
+    return f"reward model {identity[:12]}" if identity else "a reward model without an identity"
