@@ -43,6 +43,9 @@ class RewardModel:
     def __init__(self, *arguments, **settings):
         pass
 
+    def warm_up(self):
+        pass
+
     def validate(self, sequences):
         pass
 
