@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import tritonclient.grpc as triton
 
@@ -33,13 +34,14 @@ class Reference:
 def run_reference(run: RunDir) -> Reference:
     """What the run's conversion says of its model."""
     outputs = run.outputs("convert")
-    if outputs is None:
+    if outputs is None or "model_store" not in outputs.artifacts:
         return Reference()
-    identity = outputs.values.get("identity")
-    if "model_store" not in outputs.artifacts:
-        return Reference(identity)
-    store = run.root / outputs.artifacts["model_store"].path
-    if not (store / MANIFEST).exists():  # purged: a server elsewhere may still have it
+    return store_reference(run.root / outputs.artifacts["model_store"].path, outputs.values.get("identity"))
+
+
+def store_reference(store: Path, identity: str | None) -> Reference:
+    """What a store says of its model; the identity alone where it was purged: a server elsewhere may still have it."""
+    if not (store / MANIFEST).exists():
         return Reference(identity)
     manifest = read_manifest(store)
     return Reference(identity, tuple(manifest.known_answers), manifest.answer_tolerance)
