@@ -189,15 +189,15 @@ def seconds(side: Callable[[Calls], object], calls: Calls) -> float:
     return time.perf_counter() - started
 
 
-def added_latency_ms(model: RewardModel, scorer: Scorer, calls: Calls, times: int = 41) -> float:
-    """The median of what a request of one sequence of middle length takes beyond the forward before it."""
+def added_latency_ms(model: RewardModel, scorer: Scorer, calls: Calls, times: int = 41) -> list[float]:
+    """What a request of one sequence of middle length takes beyond the forward before it."""
     rows = sorted((row for call in calls for row in call), key=len)
     one = rows[len(rows) // 2]
     added = []
     for _ in range(times):
         alone = seconds(lambda _calls: model.score([one]), calls)
-        added.append(seconds(lambda _calls: scorer.score([one]), calls) - alone)
-    return 1e3 * statistics.median(added)
+        added.append(1e3 * (seconds(lambda _calls: scorer.score([one]), calls) - alone))
+    return added
 
 
 def padding_of(model: RewardModel, calls: Calls) -> float:
@@ -243,7 +243,7 @@ class Figures:
     model: RewardModel
     rounds: list[dict[str, float]]
     """Seconds of each side."""
-    added_ms: float
+    added_ms: list[float]
     ready_s: list[float]
     padding: float
     peak: float
@@ -264,7 +264,7 @@ def print_table(where: str, shape: str, figures: Figures) -> None:
         ("served / eager forward", [one["eager"] / one["served"] for one in figures.rounds], ">= 0.95"),
         ("served / the original's way", [one["original"] / one["served"] for one in figures.rounds], ">= 3"),
         ("padding, share of tokens", [figures.padding], "<= 0.05"),
-        ("added latency of a request, ms", [figures.added_ms], "<= 3"),
+        ("added latency of a request, ms", figures.added_ms, "<= 3"),
         ("server ready, s", figures.ready_s, "< 5 (demo)"),
         ("of matmul peak (GPU, bfloat16)", [flops / one["served"] / figures.peak for one in figures.rounds], "0.5"),
     ]

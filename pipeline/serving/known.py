@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.run import reward_models
 from pipeline.run.directory import RunDir
 from pipeline.serving import wire
-from pipeline.serving.model_store import MANIFEST, KnownAnswer, Manifest, read_manifest
+from pipeline.serving.model_store import MANIFEST, KnownAnswer, read_manifest
 
 PROBE_S = 10.0
 """How long a server may take to say which model it serves: that waits behind nobody's work."""
@@ -42,14 +42,15 @@ def run_reference(run: RunDir, identity: str | None = None) -> Reference:
         store = run.root / outputs.artifacts["model_store"].path
     else:
         return Reference(identity)
-    if not (store / MANIFEST).exists():  # purged: a server elsewhere may still have it
+    return store_reference(store, identity)
+
+
+def store_reference(store: Path, identity: str | None) -> Reference:
+    """What a store says of its model; the identity alone where it was purged: a server elsewhere may still have it."""
+    if not (store / MANIFEST).exists():
         return Reference(identity)
-    return replace(reference_of(read_manifest(store)), identity=identity)
-
-
-def reference_of(manifest: Manifest) -> Reference:
-    """What a model store says of its model."""
-    return Reference(manifest.identity, tuple(manifest.known_answers), manifest.answer_tolerance)
+    manifest = read_manifest(store)
+    return Reference(identity, tuple(manifest.known_answers), manifest.answer_tolerance)
 
 
 def examine(

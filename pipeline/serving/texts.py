@@ -25,7 +25,7 @@ from pipeline.run.directory import RunDir
 from pipeline.run.sources import reward_model_path
 from pipeline.serving import wire
 from pipeline.serving.client import TRITON_HOST, TritonScorer, connect_scorer
-from pipeline.serving.known import reference_of
+from pipeline.serving.known import store_reference
 from pipeline.serving.model_store import model_folder, read_manifest
 from pipeline.serving.pool import Place
 from pipeline.serving.scorer import LocalScorer, Scorer
@@ -93,7 +93,9 @@ def open_texts(
         named = environ.get(TRITON_HOST)
         if named:
             place = Place(wire.parse_address(named, tls=environ.get(wire.TLS_VARIABLE)))
-            scorer = TritonScorer(lambda: [place], config.serving, reference_of(manifest), _CONNECT_S)
+            scorer = TritonScorer(
+                lambda: [place], config.serving, store_reference(store, manifest.identity), _CONNECT_S
+            )
         else:
             import torch
 
