@@ -30,7 +30,9 @@ from pipeline.serving import by_hand, service, supervisor, wire
 from pipeline.serving.client import TritonScorer, connect_scorer
 from pipeline.serving.convert import convert
 from pipeline.serving.engines import Engine
+from pipeline.serving.known import Reference
 from pipeline.serving.model_store import model_folder, read_manifest
+from pipeline.serving.pool import Place
 from pipeline.serving.sandbox import open_sandbox, prepare
 from pipeline.serving.scorer import LocalScorer, Scorer
 from pipeline.serving.service import Service, supervise
@@ -126,7 +128,7 @@ def test_by_hand_it_serves_until_it_is_told_to_stop_and_answers_what_it_was_aske
     host = next((line for line in served.stdout if line.startswith("TRITON_HOST=")), "").strip()
     assert host, (tmp_path / "log").read_text()
     address = wire.parse_address(shlex.split(host)[0].partition("=")[2])
-    scorer = TritonScorer(lambda: address, config.serving, read_manifest(store).identity, 20)
+    scorer = TritonScorer(lambda: [Place(address)], config.serving, Reference(read_manifest(store).identity), 20)
     futures = [scorer.submit([sequence]) for sequence in SEQUENCES[:3]]
     time.sleep(0.3)
     served.send_signal(signal.SIGTERM)

@@ -214,7 +214,7 @@ def test_trainings_of_one_allocation_take_turns_on_its_gpus() -> None:
     config = load.resolve({**load.load_preset("demo"), "preset": "demo"}, ("reward_model.base=model",), "in-allocation")
     waits = {job.name: job.waits_for for job in group_jobs(config, PLAN)}
     assert waits["reward-model"] == ("prefetch", "sft")
-    assert waits["sandbox"] == ("prefetch",)  # which fetches its packages: they are not on the nodes
+    assert waits["sandbox"] == ()
     apart = load.resolve({**load.load_preset("demo"), "preset": "demo"}, ("reward_model.base=model",), "local")
     assert {job.name: job.waits_for for job in group_jobs(apart, PLAN)}["reward-model"] == ("prefetch",)
 

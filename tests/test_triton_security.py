@@ -41,6 +41,7 @@ from pipeline.serving import tls, wire
 from pipeline.serving.client import TritonScorer
 from pipeline.serving.engines import Engine
 from pipeline.serving.model_store import Manifest
+from pipeline.serving.pool import Place
 from pipeline.serving.sandbox import open_sandbox, prepare
 from pipeline.serving.server import TritonServer, make_spec
 from pipeline.serving.service import supervise
@@ -442,7 +443,8 @@ def test_proxies_in_the_environment_change_nothing(served: Served, monkeypatch: 
         assert f"https_proxy={PROXY}" in Path(f"/proc/{service.pid}/environ").read_text().split("\0")
     answer = served.manifest.known_answers[0]
     for bind in BINDS:
-        scorer = TritonScorer(lambda bind=bind: served.address(bind), serving_config().serving, connect_s=5)  # type: ignore[misc]
+        place = Place(served.address(bind))
+        scorer = TritonScorer(lambda place=place: [place], serving_config().serving, connect_s=5)  # type: ignore[misc]
         assert scorer.score([answer.tokens]) == pytest.approx([answer.reward], abs=served.manifest.answer_tolerance)
         scorer.close()
 

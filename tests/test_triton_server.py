@@ -229,7 +229,7 @@ def test_a_server_out_of_memory_halves_its_forwards_and_says_so(merging: Service
     )  # 1024 tokens, where there is memory for 700
     assert scorer.score(sequences) == pytest.approx(local.score(sequences), abs=1e-5)
     scorer.close()
-    log = merging.supervisor._server.log_path.read_text()
+    log = merging.supervisor._current._server.log_path.read_text()
     assert re.search(r"out of memory: forwards now hold at most \d{3} tokens", log)
 
 

@@ -18,7 +18,7 @@ from pipeline.run.directory import RunDir
 
 pytestmark = [pytest.mark.slurm, pytest.mark.triton, pytest.mark.chain]
 
-TOGETHER = (("sandbox", "prefetch"), ("sft",), ("reward-model",), ("convert",), ("serve+train",), ("evaluate",))
+TOGETHER = (("prefetch",), ("sandbox", "sft"), ("reward-model",), ("convert",), ("serve+train",), ("evaluate",))
 """The chain's jobs; those of one group run at the same time."""
 WORK = {"serve+train": "pipeline.training.launch"}
 """What the command line of a job's work holds, where the job has other children too."""
