@@ -39,6 +39,8 @@ class FakeServer:
     def __init__(self) -> None:
         self.identity: str | None = "abc"
         self.offset = 0.0
+        self.tells = True
+        """Whether its replies say which model gave them; a graph's do not."""
         self.faults: list[InferenceServerException] = []
         self.down: set[str] = set()
         """Urls at which nobody answers."""
@@ -66,6 +68,9 @@ class FakeServer:
             self.asked.append(client.url)
         return [float(sum(row)) + self.offset for row in rows]
 
+    def ask(self, client: Any, model: str, rows: list[list[int]], timeout: float) -> wire.Reply:
+        return wire.Reply(self.infer(client, model, rows, timeout), wire.mark_of(self.identity) if self.tells else None)
+
     def check(self, client: Any) -> None:
         if client.url in self.down:
             raise fault("UNAVAILABLE", "nobody is there")
@@ -82,7 +87,7 @@ class FakeClient:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
     fake = FakeServer()
-    for name in ("open_client", "served_parameters", "infer"):
+    for name in ("open_client", "served_parameters", "infer", "ask"):
         monkeypatch.setattr(wire, name, getattr(fake, name))
     monkeypatch.setattr(pool, "_LONGEST_PAUSE_S", 0.02)
     monkeypatch.setattr(pool, "LOOK_S", 0.02)
@@ -235,7 +240,9 @@ def test_a_server_that_answers_known_questions_wrongly_is_refused(server: FakeSe
         scorer("abc")
 
 
-def test_another_model_behind_the_same_connection_gives_no_reward(server: FakeServer) -> None:
+@pytest.mark.parametrize("tells", [True, False])
+def test_another_model_behind_the_same_connection_gives_no_reward(server: FakeServer, tells: bool) -> None:
+    server.tells = tells
     asked = scorer("abc")
     server.identity = "def"  # gRPC connects to the new server by itself, and nothing fails
     with pytest.raises(UserError, match="serves another reward model"):

@@ -1,6 +1,7 @@
 """The reward model as a Triton Python backend model. It runs inside tritonserver's stub process.
 
-Inputs: input_ids INT32 (b, T), right-padded with anything; lengths INT32 (b, 1). Output: rewards FP32 (b, 1).
+Inputs: input_ids INT32 (b, T), right-padded with anything; lengths INT32 (b, 1). Outputs: rewards FP32 (b, 1); and
+model INT64 (b, 1), the beginning of the identity, so that a client knows which model gave the rewards.
 With dynamic batching the rows of all waiting requests share forwards; without, each request is computed exactly as
 it was sent, so that its rewards never depend on other clients.
 """
@@ -31,6 +32,7 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         self.merge_requests = "dynamic_batching" in config
+        self.mark = int(parameters["identity"][:15], 16)
         if args["model_instance_kind"] == "GPU":
             if not torch.cuda.is_available():
                 raise pb_utils.TritonModelException(
@@ -85,10 +87,12 @@ class TritonPythonModel:
         """One response for each request of a group that is computed together."""
         try:
             rewards = self.model.score([row for rows in requests for row in rows])
-        except Exception as error:  # becomes every client's error; the server lives on
+        except Exception as error:  # becomes its client's error; the server lives on
+            if len(requests) > 1:  # it may be the fault of one
+                return [response for rows in requests for response in self._score([rows])]
             pb_utils.Logger.log_error(f"scoring failed: {type(error).__name__}: {error}")
             message = f"scoring failed: {type(error).__name__}: {error}"
-            return [_refuse(message, pb_utils.TritonError.INTERNAL) for _ in requests]
+            return [_refuse(message, pb_utils.TritonError.INTERNAL)]
         responses = []
         for rows in requests:
             mine, rewards = rewards[: len(rows)], rewards[len(rows) :]
@@ -96,7 +100,8 @@ class TritonPythonModel:
                 responses.append(_refuse("the model gave a reward that is not finite", pb_utils.TritonError.INTERNAL))
                 continue
             tensor = pb_utils.Tensor("rewards", np.asarray(mine, dtype=np.float32).reshape(-1, 1))
-            responses.append(pb_utils.InferenceResponse([tensor]))
+            mark = pb_utils.Tensor("model", np.full((len(mine), 1), self.mark, dtype=np.int64))
+            responses.append(pb_utils.InferenceResponse([tensor, mark]))
         return responses
 
 

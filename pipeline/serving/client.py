@@ -149,17 +149,20 @@ class TritonScorer(BatchScorer):
         """
         model, timeout_s = link.address.model, self._serving.request_timeout_s
         try:
-            rewards = wire.infer(link.client, model, rows, timeout_s)
-            served = wire.served_parameters(link.client, model, min(PROBE_S, timeout_s)).get("identity")
+            reply = wire.ask(link.client, model, rows, timeout_s)
+            same = reply.mark == wire.mark_of(link.identity)
+            if reply.mark is None:
+                served = wire.served_parameters(link.client, model, min(PROBE_S, timeout_s))
+                same = served.get("identity") == link.identity
         except UserError as error:
             raise UserError(f"{link.address}: {error}") from error
         except ValueError as error:
             if self._closed.is_set():  # gRPC's word for a closed connection
                 raise RuntimeError("the scorer was closed") from error
             raise
-        if served != link.identity:
+        if not same:
             raise InferenceServerException("another model has taken its place", status="StatusCode.UNAVAILABLE")
-        return rewards
+        return reply.rewards
 
     def _open(self, address: wire.Address) -> Link:
         """Connect to a server and examine it."""

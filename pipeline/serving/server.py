@@ -174,7 +174,9 @@ class TritonServer:
         """Ask for the store's known answers; return the largest difference, UserError when it is too large."""
         answers = manifest.known_answers
         try:
-            rewards = wire.infer(self.client(), self.address.model, [answer.tokens for answer in answers], timeout_s)
+            # One at a time: how many a request may hold is the user's to set.
+            asked = (wire.infer(self.client(), self.address.model, [answer.tokens], timeout_s) for answer in answers)
+            rewards = [reward for (reward,) in asked]
         except InferenceServerException as error:
             raise UserError(f"{self.triton_host}: the known-answer check failed: {wire.error_line(error)}") from error
         difference = max(abs(reward - answer.reward) for reward, answer in zip(rewards, answers, strict=True))

@@ -122,12 +122,34 @@ def check_finite(rewards: Sequence[float]) -> None:
             )
 
 
+@dataclass(frozen=True)
+class Reply:
+    """A request's rewards, and which model gave them."""
+
+    rewards: list[float]
+    mark: int | None
+    """`mark_of` the model's identity; None of a graph, which cannot say it."""
+
+
+def mark_of(identity: str | None) -> int | None:
+    """What replies say of a model: the first 60 bits of its identity."""
+    return int(identity[:15], 16) if identity else None
+
+
+def ask(
+    client: triton.InferenceServerClient, model: str, sequences: Sequence[Sequence[int]], timeout_s: float
+) -> Reply:
+    """Score one request's sequences and wait for the reply."""
+    result = client.infer(model, request_inputs(sequences), client_timeout=timeout_s)
+    marks = result.as_numpy("model")
+    return Reply(read_rewards(result, len(sequences)), int(marks.flat[0]) if marks is not None else None)
+
+
 def infer(
     client: triton.InferenceServerClient, model: str, sequences: Sequence[Sequence[int]], timeout_s: float
 ) -> list[float]:
-    """Score one request's sequences and wait for the reply."""
-    result = client.infer(model, request_inputs(sequences), client_timeout=timeout_s)
-    return read_rewards(result, len(sequences))
+    """The same, of whichever model answers."""
+    return ask(client, model, sequences, timeout_s).rewards
 
 
 def error_line(error: InferenceServerException) -> str:
