@@ -119,6 +119,48 @@ def test_a_server_on_its_own_ends_at_the_warning_to_come_back(job) -> None:
     assert (it.state.state, it.queued_again) == ("pending", True)
 
 
+def test_a_warned_server_serves_on_where_slurm_does_not_say_what_comes(job) -> None:
+    it = job(("serve",))
+    it.slurm_says("echo 'Unable to contact slurm controller'; exit 1")
+    assert not it.signalled(signal.SIGUSR2)
+
+
+def test_a_controller_that_comes_back_is_told_to_queue_the_saved_training_again(job, monkeypatch) -> None:
+    monkeypatch.setattr(ending, "_PAUSES_S", (0.0, 0.0, 0.0))
+    it = job()
+    away = f"[ $(grep -c requeue {it.run.root}/bin/calls) -gt 2 ] || {{ echo 'Unable to contact it'; exit 1; }}"
+    it.slurm_says(RUNNING, requeue=away)
+    it.signalled(signal.SIGUSR2)
+    it.ending.settle(SAVED)
+    assert (it.state.state, it.calls.read_text().count("requeue 7")) == ("pending", 3)
+
+
+def test_a_preemption_that_cancels_is_undone(job) -> None:
+    it = job(("sft",))
+    it.slurm_says(f"JobState=COMPLETING PreemptTime={at(0)}")
+    assert it.signalled(signal.SIGTERM)
+    assert (it.state.state, it.state.attempt, it.queued_again) == ("pending", 1, True)
+
+
+def test_a_job_whose_work_was_just_done_is_queued_again_to_say_so(job) -> None:
+    it = job(("sft",))
+    it.slurm_says(OUT_OF_TIME)
+    set_state(it.run, "sft", "s1", "done", attempt=1)
+    assert it.signalled(signal.SIGTERM)
+    assert (it.state.state, it.queued_again) == ("pending", True)
+
+
+def test_a_script_that_has_no_business_here_leaves_the_live_jobs_request_alone(job) -> None:
+    it = job()
+    it.slurm_says(RUNNING)
+    it.signalled(signal.SIGUSR2)
+    other = Ending(it.run, "s1", TRAINING)
+    other.listen()
+    assert it.run.stop_flag.exists()
+    other.begin()  # it is the job now
+    assert not it.run.stop_flag.exists()
+
+
 def test_scancel_ends_the_job_for_good(job) -> None:
     it = job()
     it.slurm_says("JobState=CANCELLED")

@@ -84,6 +84,16 @@ def test_a_node_that_is_forgiven_is_allowed_again_but_for_what_the_profile_leave
     assert updates(calls) == ["JobId=8 ExcNodeList=n5"]
 
 
+def test_a_controller_that_is_away_is_asked_once_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, _ = queue(monkeypatch, tmp_path)
+    calls = fake_slurm(monkeypatch, tmp_path, scontrol="echo 'Unable to contact slurm controller'; exit 1")
+    exclusion.avoid(run, "s1", "n1")
+    assert calls.read_text().count("scontrol") == 1
+    assert "may still run on a broken node" in caplog.text
+
+
 def test_another_submission_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, calls = queue(monkeypatch, tmp_path)
     exclusion.avoid(run, "s0", "n1")

@@ -108,6 +108,13 @@ class Cluster(Section):
                 )
         return stages
 
+    @field_validator("extra")
+    @classmethod
+    def _signal_is_ours(cls, extra: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+        if "signal" in extra:
+            raise ValueError("cluster.extra: signal: jobs are told by USR2; say with cluster.grace_s how long before")
+        return extra
+
     @field_validator("environment")
     @classmethod
     def _variables_have_names(cls, environment: dict[str, str]) -> dict[str, str]:

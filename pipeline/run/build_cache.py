@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import procs
-from pipeline.errors import UserError
 from pipeline.run import atomic
-from pipeline.run.lock import lock
+from pipeline.run.lock import Held, lock
 from pipeline.run.watch import Watch
 
 MANIFEST = "manifest.json"
@@ -78,14 +77,14 @@ def exclusive(lock_file: Path, purpose: str) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         while True:
             while others.building():
-                if time.monotonic() > deadline:
-                    raise UserError(f"{lock_file}: still held after {_WAIT_S:.0f} s; delete it if that build is gone")
                 time.sleep(0.5)
+                if time.monotonic() > deadline:
+                    break
             try:
                 held.enter_context(lock(lock_file, purpose))
                 break
-            except UserError:
-                if not others.building():  # else another was faster
+            except Held:  # another was faster
+                if time.monotonic() > deadline:
                     raise
         held.enter_context(_beating(lock_file))
         yield

@@ -18,9 +18,13 @@ _GATE_S = 10.0
 """Seconds after which a takeover that did not end was left by a crash; it takes a few milliseconds."""
 
 
+class Held(UserError):
+    """Another live process holds the lock."""
+
+
 @contextlib.contextmanager
 def lock(path: Path, purpose: str) -> Iterator[None]:
-    """Hold `path` while the block runs; UserError when another live process holds it.
+    """Hold `path` while the block runs; raises Held when another live process holds it.
 
     The lock guards planning and submitting only; jobs never hold it. A dead owner's lock is taken over.
     """
@@ -52,7 +56,7 @@ def _acquire(path: Path, owner: str) -> None:
 
 
 def _clear_if_stale(path: Path) -> None:
-    """Remove a dead owner's lock; raise UserError about a live one."""
+    """Remove a dead owner's lock; raise Held about a live one."""
     try:
         text = path.read_text()
     except FileNotFoundError:
@@ -61,7 +65,7 @@ def _clear_if_stale(path: Path) -> None:
     holder = procs.ProcessId(held["host"], held["pid"], held["start"], held["boot"])
     if holder.alive():
         since = time.strftime("%H:%M:%S", time.localtime(held["since"]))
-        raise UserError(
+        raise Held(
             f"{path}: process {holder.pid} on {holder.host} has been busy with this run since {since} "
             f"({held['purpose']}); wait for it, or delete the file if that process is gone"
         )

@@ -134,9 +134,10 @@ def wind_up(run: RunDir, submission: Submission, cluster: Cluster, ending: Endin
     stages = [stage for job in submission.jobs for stage in job.stages]
     unfinished = [stage for stage in stages if not resolve(run, submission, stage).ended]
     assert submission.allocation is not None
-    if not (ending.warned or ending.by_hand) and slurm.has_grace(submission.allocation):
+    if not (ending.warned or ending.by_hand):
         ending.terminated = False  # the next one is the last
-        _let_end(run, submission, cluster.grace_s - TERM_S, ending)
+        if slurm.has_grace(submission.allocation):
+            _let_end(run, submission, cluster.grace_s - TERM_S, ending)
     elif ending.warned:
         _let_end(run, submission, cluster.grace_s - TERM_S, ending)
     progress = _has_progress(run, submission, ending.saved_before)

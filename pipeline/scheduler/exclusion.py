@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from pipeline.errors import UserError
+from pipeline.procs import NoAnswer
 from pipeline.run.directory import RunDir
 from pipeline.scheduler import slurm
 from pipeline.scheduler import submission as submissions
@@ -40,10 +41,10 @@ def _change(
     """
     submission = submissions.find(run, submission_id)
     for job in [job.job_id for job in submission.jobs if job.job_id] if submission is not None else []:
-        fields = slurm.show(job) if job != slurm.job_id() else {}
-        if fields.get("JobState") != "PENDING":
-            continue
         try:
+            fields = slurm.show(job) if job != slurm.job_id() else {}
+            if fields.get("JobState") != "PENDING":
+                continue
             before = fields.get("ExcNodeList", "(null)")
             excluded = slurm.hostnames(before)
             now = wanted(fields, excluded)
@@ -51,5 +52,8 @@ def _change(
                 raise UserError(f"scontrol show hostnames {before}: no answer")
             if now != excluded:
                 slurm.update(job, {"ExcNodeList": ",".join(sorted(now))})
+        except NoAnswer as silence:
+            log.warning("waiting jobs may still run on a broken node: %s", silence)
+            return
         except UserError as refusal:
             log.warning("job %s may still run on a broken node: %s", job, refusal)

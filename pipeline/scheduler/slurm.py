@@ -95,7 +95,7 @@ def interrupted(job: str) -> bool:
 
 def interrupts(fields: Mapping[str, str]) -> bool:
     """Whether a job with these fields, which got a TERM, is preempted, or queued again already."""
-    return queued_again(fields) or fields.get("JobState") in ("RUNNING", "PREEMPTED")
+    return queued_again(fields) or preempts(fields) or fields.get("JobState") == "RUNNING"
 
 
 def preempts(fields: Mapping[str, str]) -> bool:
@@ -130,7 +130,8 @@ def requeue(job: str | None = None, changes: Mapping[str, str] | None = None) ->
     assert job is not None
     fields = show(job)
     if not queued_again(fields):
-        if fields.get("JobState") in ("CANCELLED", "COMPLETING") and not ends_for_time(fields):
+        ends = fields.get("JobState") in ("CANCELLED", "COMPLETING")
+        if ends and not ends_for_time(fields) and not preempts(fields):
             raise UserError(f"job {job} is being ended, by scancel or by its node")  # which a requeue would undo
         _order(["scontrol", "requeue", job])
     if changes:
@@ -149,7 +150,8 @@ def update(job: str, changes: Mapping[str, str]) -> None:
 def _order(argv: Sequence[str]) -> None:
     status, text = procs.capture(argv)
     if status != 0:
-        raise UserError(f"{' '.join(argv)}: {' '.join(text.split())}; submit again to go on")
+        kind = procs.NoAnswer if _SILENCE.search(text) else UserError
+        raise kind(f"{' '.join(argv)}: {' '.join(text.split())}; submit again to go on")
 
 
 def nodes(partition: str) -> dict[str, tuple[int, str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from collections.abc import Mapping
 from types import FrameType
 
@@ -30,6 +31,8 @@ REQUEUED = "requeued"
 """Text of a STOP flag that a job wrote for itself, because Slurm is about to end it."""
 _ASK_S = 10.0
 """For a question to Slurm between its TERM and the kill, which may be 30 seconds later."""
+_PAUSES_S = (2.0, 5.0, 10.0)
+"""Before a controller that is away is told again to requeue the job; Slurm kills 30 seconds after TERM, as a rule."""
 _TOO_SHORT = "its time limit left no time to train; raise time_min for its stage in the cluster profile"
 _OUT_OF_TIME = "it reached its time limit; raise time_min for its stage in the cluster profile"
 
@@ -48,7 +51,7 @@ class Ending:
         self._trains = "train" in names
         self._saved = saved_steps(run)
         self._kills = oom.kills()
-        self._asked = False
+        self._asked = self._warned = False
         self._queued = False
         """Whether this process has put the job back into the queue already."""
         self._fields: Mapping[str, str] | None = {}
@@ -59,9 +62,13 @@ class Ending:
         signal.signal(signal.SIGTERM, self._on_term)
         if slurm.job_id() is None:
             return
-        if self._trains:  # a server that comes back first must not take the training's request away
-            self._forget_request()
         signal.signal(signal.SIGUSR2, self._on_warning)
+
+    def begin(self) -> None:
+        """The job is the one that the submission means: an earlier start's request to save is not for it."""
+        # A server that comes back first must not take the training's request away.
+        if self._trains and slurm.job_id() is not None and not self._warned:
+            self._forget_request()
 
     def settle(self, error: BaseException) -> None:
         """Decide and record what becomes of the stages that `error` ended. Other errors are nobody's to answer."""
@@ -73,14 +80,16 @@ class Ending:
             self._failed(error.fault, str(error), error.attempt)
         elif isinstance(error, Exception):  # anything but a UserError is a bug: its traceback is in the job's log
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            self._failed(faults.of_work(None, reason, "", self._kills), reason)
+            self._failed(faults.of_work(None, reason, "", self._kills), reason, self._attempt())
 
     def _on_warning(self, number: int, frame: FrameType | None) -> None:
         """A training saves at its next step and stops, a server on its own ends, to come back; other work goes on."""
-        if self._names == ("serve",):
-            self._fields = self._ask()
+        if not self._cluster().requeue:
+            return
+        if self._names == ("serve",) and (fields := self._ask()) is not None:  # without an answer it waits for the TERM
+            self._fields = fields
             self._leave()
-        if self._trains and self._cluster().requeue:
+        if self._trains:
             self._ask_to_save()
 
     def _on_term(self, number: int, frame: FrameType | None) -> None:
@@ -111,14 +120,16 @@ class Ending:
             return None
 
     def _ask_to_save(self) -> None:
+        self._warned = True
         if not self._run.stop_flag.exists():
             atomic.write_text(self._run.stop_flag, REQUEUED)
 
     def _out_of_time(self) -> None:
         """A training that is nearer to its end than it was at its start just goes on."""
-        if self._trains and self._advanced() and self._cluster().requeue:
-            self._requeue()
-        else:
+        done = self._recorded_good()
+        if (done or (self._trains and self._advanced())) and self._cluster().requeue:
+            self._requeue()  # what is done already is skipped, and those that wait for the job are not cancelled
+        elif not done:
             self._failed(faults.Fault("time", "it reached its time limit"), _OUT_OF_TIME, self._attempt())
 
     def _advanced(self) -> bool:
@@ -156,16 +167,21 @@ class Ending:
             self._record("stopped", "Slurm ended the job; submit again to go on")
             return
         self._set("pending", "interrupted by Slurm; it waits in the queue again")
-        try:
-            slurm.requeue()
-            self._queued = True
-        except UserError as refusal:
-            log.warning("%s", refusal)
-            self._set("stopped", f"interrupted by Slurm, which does not queue it again: {refusal}")
+        for pause_s in () if self._queued else (*_PAUSES_S, None):
+            try:
+                slurm.requeue()
+                self._queued = True
+                return
+            except UserError as refusal:
+                log.warning("%s", refusal)
+                if pause_s is None or not isinstance(refusal, NoAnswer):
+                    self._set("stopped", f"interrupted by Slurm, which does not queue it again: {refusal}")
+                    return
+                time.sleep(pause_s)
 
     def _set(self, state: str, reason: str) -> None:
         for name in self._names:
-            set_state(self._run, name, self._submission, state, reason)
+            set_state(self._run, name, self._submission, state, reason, self._attempt(name))
 
     def _failed(self, fault: faults.Fault | None, reason: str, attempt: int = 0) -> None:
         retry.failed(self._run, self._submission, self._names, fault, reason, attempt)
@@ -175,11 +191,15 @@ class Ending:
         for name in self._names:
             recorded = recorded_state(self._run, name)
             if recorded is None or recorded.submission != self._submission or not recorded.ended:
-                set_state(self._run, name, self._submission, state, reason)
+                set_state(self._run, name, self._submission, state, reason, self._attempt(name))
 
-    def _attempt(self) -> int:
+    def _attempt(self, name: str | None = None) -> int:
+        recorded = recorded_state(self._run, name or self._names[-1])
+        return recorded.attempt if recorded and recorded.submission == self._submission else 0
+
+    def _recorded_good(self) -> bool:
         recorded = recorded_state(self._run, self._names[-1])
-        return recorded.attempt if recorded else 0
+        return recorded is not None and recorded.submission == self._submission and recorded.good
 
     def _requested(self) -> bool:
         """Whether the STOP flag is the job's own, and not a person's."""

@@ -168,9 +168,10 @@ def log_tail(path: Path, size: int = 65536) -> list[str]:
 
 def _failure(status: int, number: int, log_path: Path, kills: int | None, leader: Leader) -> StageFailed:
     """Why the work failed: by itself, or because of what happened on a further node."""
-    told = failure_reason(status, log_path)
-    fault = faults.of_work(status, told, "\n".join(log_tail(log_path)), kills)
-    lost = leader.hear() if fault is None else None
+    told, tail = failure_reason(status, log_path), log_tail(log_path)
+    fault = faults.of_work(status, told, "\n".join(tail), kills)
+    certain = fault is not None or f"error: {told}" in tail  # its own word for what is wrong
+    lost = leader.hear() if not certain else None
     return StageFailed(str(lost), number, lost.cause) if lost is not None else StageFailed(told, number, fault)
 
 

@@ -16,6 +16,8 @@ from pipeline.scheduler.options import shell_command
 from pipeline.scheduler.submission import Job, Submission
 from pipeline.stages.nodes import FOLLOWS, MEETING, SPREAD, Meeting, Nodes
 
+_GRACE_S = 45.0
+"""What ending a task of theirs may take: its training has time to save."""
 _END_S = 60.0
 """Seconds in which the followers, told by files that the work is over, end by themselves."""
 
@@ -37,7 +39,7 @@ def started(run: RunDir, cluster: Cluster, submission: Submission, job: Job, nod
         with contextlib.suppress(procs.WaitTimeout):
             child.wait(_END_S)
     finally:
-        procs.end_tree(child)
+        procs.end_tree(child, _GRACE_S)
 
 
 def _srun(cluster: Cluster, nodes: Nodes) -> list[str]:
@@ -45,5 +47,5 @@ def _srun(cluster: Cluster, nodes: Nodes) -> list[str]:
     others = str(nodes.count - 1)
     return [
         *("srun", "--overlap", f"--nodes={others}", f"--ntasks={others}", "--ntasks-per-node=1"),
-        *(f"--exclude={os.environ['SLURMD_NODENAME']}", "--wait=0", "--kill-on-bad-exit=0", *cluster.srun_args),
+        *(f"--exclude={os.environ['SLURMD_NODENAME']}", *cluster.srun_args, "--wait=0", "--kill-on-bad-exit=0"),
     ]

@@ -66,6 +66,7 @@ def _do_job(run: RunDir, stages: str, submission_id: str, nodes: Nodes) -> str:
     os.environ[procs.STAGE_MARK] = stages
     # A job that has no business here says so and writes nothing: the states are another's.
     submission = _adopt(run, _wait_for_record(run, submission_id), names)
+    ending.begin()
     job = submission.job_of(names[0])
     assert job is not None
     try:
@@ -193,8 +194,9 @@ def _restore_devices() -> None:
 
 def _listen_to_leader() -> None:
     """What Slurm says to all of a job's tasks is the leader's to answer; a task of its own making ends when told."""
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _terminate if MEETING in os.environ else signal.SIG_IGN)
+    # Handlers that do nothing: what is ignored would be ignored by the work too, which must end when told.
+    signal.signal(signal.SIGUSR2, lambda number, frame: None)
+    signal.signal(signal.SIGTERM, _terminate if MEETING in os.environ else lambda number, frame: None)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

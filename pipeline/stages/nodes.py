@@ -126,10 +126,10 @@ class Meeting:
         word: dict[str, Any] | None = atomic.read_json(self._file(rank))
         return word or {}
 
-    def over(self, patience_s: float = LOST_S) -> bool:
-        """Follower: whether the leader's work is over, or the leader has shown no life for so long."""
+    def over(self, patience_s: float | None = None) -> bool:
+        """Follower: whether the leader's work is over, or the leader has shown no life for so long: LOST_S."""
         word = self.word(0)
-        return "status" in word or self._watches[0].still_s(word) > patience_s
+        return "status" in word or self._watches[0].still_s(word) > (LOST_S if patience_s is None else patience_s)
 
     def fault(self, count: int) -> Lost | None:
         """Leader: why a follower's work is over though the leader's is not; None while all is well."""
@@ -219,11 +219,18 @@ class Leader:
         if lost.cause is not None or time.monotonic() - self._seen > HEAR_S:
             raise lost
 
+    def _words(self) -> list[dict[str, Any]]:
+        return [self._meeting.word(rank) for rank in range(1, self._count)]
+
     def hear(self) -> Lost | None:
         """What failed on a further node before this one's work did, or what another try may cure there: this one's has
         failed, maybe because of that."""
-        first, deadline = self.lost(), time.monotonic() + HEAR_S
-        while time.monotonic() < deadline and not self._meeting.all_said(self._count):
+        first, began = self.lost(), time.monotonic()
+        before = self._words()
+        while (waited := time.monotonic() - began) < LOST_S + BEAT_S and not self._meeting.all_said(self._count):
+            silent = any(now == word for now, word in zip(self._words(), before, strict=True))
+            if waited > HEAR_S and not silent:
+                break  # those that live have nothing to say
             self.beat()
             time.sleep(0.2)
         lost = self.lost()

@@ -87,7 +87,6 @@ def _try_again(run: RunDir, cluster: Cluster, submission: str, names: tuple[str,
         return None  # the job's other process was first
     if retry.without:
         bad_nodes.remember(run, retry.without, fault.reason)
-        exclusion.avoid(run, submission, retry.without)
     if retry.mem_gb or retry.time_min:
         needs.remember(run, stage, Need(retry.mem_gb, retry.time_min, fault.reason))
     for name in names:
@@ -99,6 +98,8 @@ def _try_again(run: RunDir, cluster: Cluster, submission: str, names: tuple[str,
     except UserError as error:
         retries.withdraw(folder, job, _restart())
         return f"no retry: {error}"
+    if retry.without:  # when the retry is certain: it takes some questions to Slurm
+        exclusion.avoid(run, submission, retry.without)
     return None
 
 

@@ -100,7 +100,7 @@ def test_a_training_spreads_over_two_nodes_with_a_server_on_each(
     assert sorted(environment_of(pid)["SLURMD_NODENAME"] for pid in launchers) == ["n1", "n2"]
     slurm.command("scontrol", "requeue", slurm.job_ids("-n", "hh-serve+train")[0])
     wait_for((run / "stages" / "train" / "attempts" / "0002").exists, "the second segment", 180)
-    wait_for(lambda: saved_steps(RunDir(run)) >= 160, "the training to come near its end", 1200)
+    wait_for(lambda: saved_steps(RunDir(run)) >= 190, "the training to come near its end", 1200)
     (second,) = (pid for pid in tasks(run, "serve+train") if environment_of(pid)["SLURM_PROCID"] == "1")
     os.kill(second, signal.SIGSTOP)  # it does not see that the training is over
     wait_for(lambda: len(tasks(run, "serve+train")) == 1, "the first node's task to end", 240)
