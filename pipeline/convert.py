@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # importing these takes longer than printing --help may
 
 EPILOG = """examples:
   python -m pipeline.convert --base-model EleutherAI/gpt-j-6B --checkpoint Dahoas/gptj-rm-static --revision 676bfd4d
-  python -m pipeline.convert --checkpoint runs/demo/stages/reward-model/model --dtype float32 --max-length 256
+  python -m pipeline.convert --checkpoint runs/demo/models/reward-model --dtype float32 --max-length 256
 """
 _SECTION = "serving."
 

@@ -173,12 +173,13 @@ def printed_commands() -> list[list[str]]:
 def test_the_commands_of_readme_and_clusters_are_understood_as_printed(finished: Path, tmp_path: Path) -> None:
     """Run as they stand, on a finished run and on real data's folder; what would take long is planned only."""
     commands = printed_commands()
-    assert len(commands) >= 14
+    assert len(commands) >= 16
     rows = tmp_path / "hh"
     rows.mkdir()
     for split in ("train", "test"):
         shutil.copy(finished / "data" / f"{split}.jsonl", rows)
     there = {"runs/demo": finished, "runs/gptj": finished, "path/to/hh": rows}
+    there["runs/store"] = tmp_path / "store"
     there["my-cluster.yaml"] = tmp_path / "my-cluster.yaml"  # the doctor's line writes it, the next ones read it
     for words in commands:
         if words[0] == "make":

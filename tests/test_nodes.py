@@ -159,6 +159,16 @@ def test_a_work_that_knows_why_it_failed_waits_for_nobody(run: RunDir, monkeypat
     assert failure.fault == Fault("killed", "it was killed (signal 9)")
 
 
+def test_a_further_node_that_fell_silent_is_waited_for_and_is_the_reason(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "LOST_S", 1.0)
+    monkeypatch.setattr(nodes, "HEAR_S", 0.2)
+    Meeting(run).beat(1)  # its last: then its whole task was killed, and this node's ranks lost it
+    failure = attempt(run, monkeypatch, "echo 'RuntimeError: Connection closed by peer'; exit 1")
+    assert failure.fault == Fault("killed", "node 1 has shown no life for 1 s")
+
+
 def test_a_failure_of_the_leaders_own_stays_its_own(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes, "HEAR_S", 0.5)
     failure = attempt(run, monkeypatch, "echo 'error: train.lr: too large'; exit 1")
