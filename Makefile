@@ -5,7 +5,7 @@ EXTRAS ?=
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready$(if $(EXTRAS),-$(EXTRAS))
 COMMA := ,
-# Test files that run at the same time. Many tests wait for other programs, so two do on two cores.
+# Test files that run at the same time: many tests wait for other programs. Those of one file share what they started.
 WORKERS ?= 2
 
 .PHONY: setup demo test lint clean
@@ -31,7 +31,7 @@ lint: $(READY)
 	$(PY) -m mypy
 
 test: lint
-	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadgroup
+	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

@@ -7,17 +7,8 @@ from collections.abc import Generator
 
 import pytest
 
-ONE_USER = ("test_apptainer.py", "test_containers.py")
-"""Files whose tests act as the same ordinary user, each as if alone."""
 MUST_RUN = ("apptainer", "chain", "slurm", "triton")
 """Marks of tests that CI may not skip: it has what they need. Those marked hh too may, where the rows are missing."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run at the same time, those of one file do not: they share what its fixtures started."""
-    for item in items:
-        name = item.path.name
-        item.add_marker(pytest.mark.xdist_group("the ordinary user" if name in ONE_USER else str(item.path)))
 
 
 @pytest.hookimpl(wrapper=True)
