@@ -31,7 +31,7 @@ lint: $(READY)
 	$(PY) -m mypy
 
 test: lint
-	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile
+	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

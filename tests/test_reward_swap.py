@@ -328,7 +328,7 @@ def test_phases_change_over_whole_and_a_resume_goes_on_with_the_new_model(
     figures = [row for row in read_rows(run.metrics) if "phase" in row]
     assert [row["reward_server/sequences"] for row in figures] == [4, 4, 4, 4]  # without those of evaluations
     assert all(
-        0.0 <= row["reward_server/padding"] < 1.0 and row["reward_server/tokens_per_second"] > 0 for row in figures
+        0.0 <= row["reward_server/wire_padding"] < 1.0 and row["reward_server/tokens_per_second"] > 0 for row in figures
     )
     changed = next(row for row in ends[0][0] if row.get("phase") == 2)
     # Two scores of one model, not six of two: moments of scores that do not compare are not mixed.

@@ -265,19 +265,19 @@ def test_servers_share_the_load_and_one_that_fails_is_taken_back_once_it_answers
     asked = at(HERE, THERE, identity="abc", max_batch_size=1, max_in_flight=2)
     eventually(lambda: len(server.connected_to) == 2)
     inside = threading.Barrier(2, timeout=20)
-    infer = wire.infer
+    ask = wire.ask
 
-    def together(*arguments: Any) -> list[float]:
+    def together(*arguments: Any) -> wire.Reply:
         inside.wait()
-        return infer(*arguments)
+        return ask(*arguments)
 
     def urls(count: int) -> set[str]:
         assert asked.score([[9]] * count) == [9.0] * count
         return set(server.asked[-count:])
 
-    monkeypatch.setattr(wire, "infer", together)  # two at a time: the second goes where there is less to do
+    monkeypatch.setattr(wire, "ask", together)  # two at a time: the second goes where there is less to do
     assert urls(8) == {HERE.url, THERE.url}
-    monkeypatch.setattr(wire, "infer", infer)
+    monkeypatch.setattr(wire, "ask", ask)
     server.down = {THERE.url}
     assert urls(8) == {HERE.url}
     server.down = set()

@@ -255,13 +255,13 @@ def test_what_the_server_did_is_recorded_when_others_asked_it(story: Story) -> N
 
 def test_the_status_shows_what_a_published_server_does(story: Story, capsys: pytest.CaptureFixture[str]) -> None:
     story.run.config.write_text("{}\n")
-    trained = {"step": 4, "reward_server/padding": 0.034, "reward_server/tokens_per_second": 5120.4}
+    trained = {"step": 4, "reward_server/wire_padding": 0.034, "reward_server/tokens_per_second": 5120.4}
     story.run.metrics.write_text(json.dumps(trained) + '\n{"step": 4}\n{"cut sho')
     story.supervisor.start()
     story.server.usage = Usage(requests=34, sequences=64, executions=16, queue_s=0.034)
     healthy_canary(story)
     assert status.main([str(story.run.root)]) == 0
-    line = "rewards: 2.1 requests/s, 4.0 sequences an execution, queue 1.0 ms, 5120 tokens/s, 3.4 % padding"
+    line = "rewards: 2.1 requests/s, 4.0 sequences an execution, queue 1.0 ms, 5120 tokens/s"
     assert line in capsys.readouterr().out.splitlines()
     story.supervisor.stop()
     status.main([str(story.run.root)])
@@ -292,7 +292,7 @@ def test_clients_count_tokens_and_padding() -> None:
     assert meter.take() == Traffic()
     figures = traffic_row([replace(taken, busy_s=2.0), Traffic(), replace(taken, busy_s=7.0, latency_s=0.5)])
     assert figures["tokens_per_second"] == 14 / 2 + 14 / 7
-    assert (figures["padding"], figures["requests"], figures["in_flight"]) == (1 - 14 / 16, 4, 2)
+    assert (figures["wire_padding"], figures["requests"], figures["in_flight"]) == (1 - 14 / 16, 4, 2)
     assert traffic_row([Traffic()]) == {}
 
 

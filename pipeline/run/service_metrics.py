@@ -27,7 +27,7 @@ def last(run: RunDir) -> dict[str, Any] | None:
 def describe(run: RunDir) -> str:
     """What the server and its clients did last, on one line; empty where there was nothing yet."""
     server = last(run) or {}
-    trained = _last_with(run.metrics, f"{PREFIX}padding") or {}
+    trained = _last_with(run.metrics, f"{PREFIX}tokens_per_second") or {}
     parts = []
     if server:
         parts += [
@@ -36,8 +36,7 @@ def describe(run: RunDir) -> str:
             f"queue {server['queue_ms']:.1f} ms",
         ]
     if trained:
-        rate, padding = trained.get(f"{PREFIX}tokens_per_second") or 0.0, trained[f"{PREFIX}padding"]
-        parts += [f"{rate:.0f} tokens/s", f"{100 * padding:.1f} % padding"]
+        parts.append(f"{trained[f'{PREFIX}tokens_per_second']:.0f} tokens/s")
     return "rewards: " + ", ".join(parts) if parts else ""
 
 

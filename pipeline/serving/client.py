@@ -200,7 +200,10 @@ def is_retriable(error: InferenceServerException) -> bool:
     if status == "StatusCode.NOT_FOUND":
         return "no available versions" in message  # a server that ends has unloaded its model already
     if status == "StatusCode.INTERNAL":
-        return "not healthy" in message  # the Python backend's process died; its supervisor restarts the server
+        # The Python backend's process died, and its supervisor restarts the server; or the connection broke.
+        return "not healthy" in message or "RST_STREAM" in message
+    if status == "StatusCode.UNKNOWN":
+        return "Stream removed" in message  # gRPC's word for a server that was killed
     return status in ("StatusCode.CANCELLED", "StatusCode.DEADLINE_EXCEEDED")
 
 
@@ -230,7 +233,8 @@ class Published:
     def __call__(self) -> list[Place]:
         found = self.endpoints()
         first = self._turn % len(found) if found else 0
-        return [self._place(one) for one in found[first:] + found[:first]]
+        places = (self._place(one) for one in found[first:] + found[:first])
+        return list(dict.fromkeys(places))  # one that is about to retire is published twice for a moment
 
     def _place(self, one: endpoint.Endpoint) -> Place:
         address = wire.parse_address(one.triton_host, str(endpoint.path(self.run, one.index, one.retiring)), one.tls)

@@ -66,7 +66,7 @@ class Traffic:
     sequences: int = 0
     tokens: int = 0
     padded: int = 0
-    """Tokens with the padding that makes a request's rows equally long."""
+    """Tokens with the padding that makes a request's rows equally long; most models compute none of it."""
     latency_s: float = 0.0
     """Sum over requests."""
     busy_s: float = 0.0
@@ -85,7 +85,7 @@ def traffic_row(clients: Sequence[Traffic]) -> dict[str, float]:
         "requests": requests,
         "sequences": sum(client.sequences for client in asked),
         "tokens_per_second": sum(client.tokens / client.busy_s for client in asked if client.busy_s),
-        "padding": 1.0 - sum(client.tokens for client in asked) / sum(client.padded for client in asked),
+        "wire_padding": 1.0 - sum(client.tokens for client in asked) / sum(client.padded for client in asked),
         "latency_ms": 1e3 * sum(client.latency_s for client in asked) / requests,
         "in_flight": max(client.in_flight for client in asked),
     }
