@@ -326,6 +326,7 @@ def test_servers_share_the_load_and_one_that_fails_is_taken_back_once_it_answers
     server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = at(HERE, THERE, identity="abc", max_batch_size=1, max_in_flight=2)
+    eventually(lambda: len(server.connected_to) == 2)
     inside = threading.Barrier(2, timeout=20)
     ask = wire.ask
 
@@ -338,7 +339,7 @@ def test_servers_share_the_load_and_one_that_fails_is_taken_back_once_it_answers
         return set(server.asked[-count:])
 
     monkeypatch.setattr(wire, "ask", together)  # two at a time: the second goes where there is less to do
-    eventually(lambda: urls(8) == {HERE.url, THERE.url})
+    assert urls(8) == {HERE.url, THERE.url}
     monkeypatch.setattr(wire, "ask", ask)
     server.down = {THERE.url}
     assert urls(8) == {HERE.url}
