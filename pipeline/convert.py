@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError, run_command
+from pipeline.run import atomic
 
 if TYPE_CHECKING:  # importing these takes longer than printing --help may
-    from pipeline.config.serving import Serving
+    from pipeline.config.schema import Config
 
 EPILOG = """examples:
   python -m pipeline.convert --base-model EleutherAI/gpt-j-6B --checkpoint Dahoas/gptj-rm-static --revision 676bfd4d
@@ -33,11 +34,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--checkpoint", required=True, metavar="DIR|FILE|HUB-ID", help="the reward model")
     add("--revision", metavar="NAME", help="branch, tag or commit of a hub id (default: its main branch)")
     add("--base-model", "--base_model", metavar="DIR|HUB-ID", help="whose config.json and tokenizer to take, if needed")
+    add("--base-revision", metavar="NAME", help="the same as --revision, of the base model")
     add("--out", type=Path, default=Path("model_store"), metavar="DIR", help="the store (default: model_store)")
     add("--model-name", metavar="NAME", help="its name in Triton (default: the checkpoint's last component)")
     add("--dtype", metavar="NAME", help="of the served weights (default: bfloat16)")
     add("--max-length", metavar="N", help="tokens of the longest sequence (default: 1024)")
     add("--flavour", metavar="NAME", help="the Triton backend (default: python)")
+    add("--image", metavar="IMAGE", help="what a torchscript graph shall be served in (default: sandbox.image's)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="another setting, as in serving.num_threads=4")
     return parser
 
@@ -45,9 +48,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     arguments = build_parser().parse_args(argv)
-    serving = _serving(arguments)
+    config = _config(arguments)
+    if arguments.base_revision is not None and arguments.base_model is None:
+        raise UserError(f"--base-revision {arguments.base_revision}: is of --base-model, which is not given")
+    serving = config.serving
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    from pipeline.run import atomic
     from pipeline.run.lock import lock
     from pipeline.serving.model_store import model_name
 
@@ -58,19 +63,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         source = _fetch("reward_model", "--checkpoint", arguments.checkpoint, arguments.revision)
         base = None
         if arguments.base_model is not None:
-            base = _fetch("checkpoint_base", "--base-model", arguments.base_model, None)
+            base = _fetch("checkpoint_base", "--base-model", arguments.base_model, arguments.base_revision)
         from pipeline.serving.convert import convert_checkpoint
 
         with atomic.new_folder(out) as fresh:
-            manifest = convert_checkpoint(source, base, fresh, serving, arguments.checkpoint)
+            manifest = convert_checkpoint(
+                source, base, fresh, serving, arguments.checkpoint, image=config.sandbox.image
+            )
     print(
         f"{arguments.out}/{name}: {manifest.dtype}, at most {manifest.parity['max_difference']:.1e} from the eager "
         f"model; identity {manifest.identity[:12]}"
     )
 
 
-def _serving(arguments: argparse.Namespace) -> Serving:
-    """The settings of the store: options, and overrides of serving.*."""
+def _config(arguments: argparse.Namespace) -> Config:
+    """The settings of the store: options, and overrides of serving.*; and the image that it is for."""
     from pipeline.config.load import resolve
 
     for text in arguments.set:
@@ -79,11 +86,14 @@ def _serving(arguments: argparse.Namespace) -> Serving:
     options = ("model_name", "dtype", "max_length", "flavour")
     named = [(option, getattr(arguments, option)) for option in options]
     overrides = [f"{_SECTION}{option}={value}" for option, value in named if value is not None]
-    return resolve({}, [*overrides, *arguments.set]).serving
+    if arguments.image is not None:
+        overrides.append(f"sandbox.image={arguments.image}")
+    return resolve({}, [*overrides, *arguments.set])
 
 
 def _check_place(out: Path, name: str) -> None:
-    """Refuse to replace what is not an earlier store of the same model."""
+    """Refuse to replace what is not an earlier store of the same model, and what nobody can write."""
+    atomic.check_writable(out, "--out")
     if not out.exists():
         return
     manifest = out / "manifest.json"
@@ -104,8 +114,9 @@ def _fetch(key: str, option: str, name: str, revision: str | None) -> Path:
     path = Path(name).expanduser()
     if path.exists():
         if revision is not None:
+            revision_option = "--revision" if key == "reward_model" else "--base-revision"
             raise UserError(
-                f"--revision {revision}: is of a hub id, and {option} {name} is a folder or file; leave it out"
+                f"{revision_option} {revision}: is of a hub id, and {option} {name} is a folder or file; leave it out"
             )
         return path.resolve()
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:

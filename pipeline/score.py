@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import run_command
+from pipeline.run import atomic
 
 EPILOG = """rows, one JSON object a line:
   {"text": "..."}                                        gets "reward"
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pipeline.serving.texts import open_texts, read_rows
 
     rows = read_rows(arguments.file)
+    if arguments.out is not None:
+        atomic.check_writable(arguments.out, "--out")
     with open_texts(arguments.run, arguments.model_store) as (texts, _):
         rewards = iter(texts.score([pair for _, asked in rows for pair in asked.values()]))
         lines = [
@@ -59,8 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.out is None:
         sys.stdout.write("".join(f"{line}\n" for line in lines))
     else:
-        from pipeline.run import atomic
-
         atomic.write_text(arguments.out, "".join(f"{line}\n" for line in lines))
     return 0
 

@@ -41,7 +41,7 @@ def test_a_model_over_the_file_size_limit_is_one_clear_line(tmp_path: Path) -> N
         save_model(tiny_model(), tokenizer(), folder)
     assert str(caught.value) == (
         f"{folder}: cannot write: a file would be larger than is allowed; "
-        "raise the limit (ulimit -f) or choose another --run-dir"
+        "raise the limit (ulimit -f) or choose another place"
     )
 
 
@@ -106,7 +106,7 @@ def test_a_full_disk_is_one_clear_line_whoever_writes(tmp_path: Path) -> None:
         pytest.skip(f"no small file system can be mounted here: {said.strip()}")
     status, said = capture([*private, mount + 'exec "$0" -c "$1" "$2"', sys.executable, FULL_DISK, str(tmp_path)])
     assert status == 0, said
-    full = "cannot write: the disk is full; free some space or choose another --run-dir"
+    full = "cannot write: the disk is full; free some space or choose another place"
     assert said.splitlines() == [
         f"{name}: {tmp_path}/{name}: {full}" for name in ("safetensors", "torch", "text", "lines")
     ]

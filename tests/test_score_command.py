@@ -118,6 +118,12 @@ def test_a_row_that_cannot_be_understood_is_named_before_anything_is_scored(
     assert "\n" not in str(error.value)
 
 
+def test_where_nothing_can_be_written_nothing_is_scored(run: RunDir, tmp_path: Path) -> None:
+    file = rows_of(tmp_path / "in.jsonl", {"text": "a text"})
+    with pytest.raises(UserError, match=r"--out /proc/out\.jsonl: cannot write in /proc \(.*\); choose another place"):
+        score.main(["--run", str(run.root), str(file), "--out", "/proc/out.jsonl"])
+
+
 def test_an_empty_file_and_no_file_are_one_line(run: RunDir, tmp_path: Path) -> None:
     for path, fault in ((rows_of(tmp_path / "in.jsonl"), "is empty"), (tmp_path / "gone.jsonl", "no such file")):
         with pytest.raises(UserError, match=fault):

@@ -31,7 +31,7 @@ from pipeline.serving.client import TritonScorer, connect_scorer
 from pipeline.serving.convert import convert
 from pipeline.serving.engines import Engine
 from pipeline.serving.known import Reference
-from pipeline.serving.model_store import model_folder, read_manifest
+from pipeline.serving.model_store import model_folder, read_manifest, serving_of
 from pipeline.serving.pool import Place
 from pipeline.serving.sandbox import open_sandbox, prepare
 from pipeline.serving.scorer import LocalScorer, Scorer
@@ -56,10 +56,11 @@ def config() -> Config:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, config: Config) -> RunDir:
-    """A run with a converted model, and the store of another one beside it."""
+    """A run with a converted model, and the store of another one beside it, whose server takes smaller requests."""
     root = tmp_path_factory.mktemp("operated")
     run, _ = converted_run(root / "run", save_reward_model(root / "a"), config)
-    convert(save_reward_model(root / "b", seed=1), root / "other_store", config.serving)
+    small = config.serving.model_copy(update={"max_batch_size": 2, "max_batch_tokens": 64})
+    convert(save_reward_model(root / "b", seed=1), root / "other_store", small)
     return run
 
 
@@ -77,7 +78,10 @@ def one_thread() -> Iterator[None]:
 
 
 def local_rewards(store: Path, config: Config) -> list[float]:
-    scorer = LocalScorer(model_folder(store, read_manifest(store).model_name), config.serving)
+    """In the batches that the store's server is asked for."""
+    manifest = read_manifest(store)
+    serving = config.serving.model_copy(update=serving_of(manifest))
+    scorer = LocalScorer(model_folder(store, manifest.model_name), serving)
     try:
         return scorer.score(SEQUENCES)
     finally:
@@ -225,6 +229,16 @@ def test_texts_are_scored_by_the_running_server(
     rewards = [[json.loads(line)["reward"] for line in lines] for lines in files]
     assert rewards[1] == pytest.approx(rewards[0], abs=1e-5) and rewards[2] == pytest.approx(rewards[0], abs=1e-5)
     assert len(set(rewards[0])) == 8
+
+
+def test_a_client_that_would_ask_for_more_than_the_server_takes_asks_for_less(server: Service, run: RunDir) -> None:
+    """The store was converted for requests of at most 16 sequences."""
+    place = Place(wire.parse_address(server.triton_host))
+    scorer = TritonScorer(lambda: [place], serving_config(max_batch_size=64, max_batch_tokens=8192).serving)
+    rows = [[1 + index % 90, 2] for index in range(50)]
+    assert len(set(scorer.score(rows))) == 50
+    assert scorer.traffic().requests == 4
+    scorer.close()
 
 
 def test_another_model_is_served_beside_the_first_without_an_error_for_anyone(

@@ -42,6 +42,8 @@ class FakeServer:
         self.tells = True
         """Whether its replies say which model gave them; a graph's do not."""
         self.faults: list[InferenceServerException] = []
+        self.limits: dict[str, dict[str, str]] = {}
+        """What the model's configuration at an url says of how much a request may hold."""
         self.down: set[str] = set()
         """Urls at which nobody answers."""
         self.requests: list[list[list[int]]] = []
@@ -56,10 +58,13 @@ class FakeServer:
 
     def served_parameters(self, client: Any, _model: str, _timeout: float) -> dict[str, str]:
         self.check(client)
-        return {"dtype": "float32", **({"identity": self.identity} if self.identity else {})}
+        identity = {"identity": self.identity} if self.identity else {}
+        return {"dtype": "float32", **identity, **self.limits.get(client.url, {})}
 
     def infer(self, client: Any, _model: str, rows: list[list[int]], _timeout: float) -> list[float]:
         self.check(client)
+        if len(rows) > int(self.limits.get(client.url, {}).get("max_batch_size", len(rows))):
+            raise fault("INVALID_ARGUMENT", "batch-size must be smaller")
         known = any(row == answer.tokens for row in rows for answer in KNOWN)
         if self.faults and not known:
             raise self.faults.pop(0)
@@ -140,6 +145,64 @@ def test_rewards_come_back_in_order_whatever_the_batches(server: FakeServer) -> 
     assert all(len(rows) <= 3 and len(rows) * max(map(len, rows)) <= 40 for rows in server.requests)
     assert with_batches.score([]) == []
     with_batches.close()
+
+
+ROWS = [[index + 1] * (1 + index % 5) for index in range(8)]
+
+
+def shapes(server: FakeServer) -> list[tuple[int, int]]:
+    """Sequences and tokens of each request, the longest sequence counting for all."""
+    return [(len(rows), len(rows) * max(map(len, rows))) for rows in server.requests]
+
+
+def test_a_server_that_takes_less_than_the_client_asks_for_is_asked_for_less(server: FakeServer) -> None:
+    server.limits[HERE.url] = {"max_batch_size": "3", "max_batch_tokens": "9"}
+    asked = scorer("abc", max_batch_size=16, max_batch_tokens=1024)
+    assert asked.score(ROWS) == [float(sum(row)) for row in ROWS]
+    assert all(rows <= 3 for rows, _ in shapes(server))
+    assert all(sum(map(len, rows)) <= 9 for rows in server.requests)
+    asked.close()
+
+
+def test_a_server_that_takes_more_is_asked_for_what_the_client_is_to_ask(server: FakeServer) -> None:
+    server.limits[HERE.url] = {"max_batch_size": "64", "max_batch_tokens": "8192"}
+    asked = scorer("abc", max_batch_size=4)
+    asked.score(ROWS)
+    assert [rows for rows, _ in shapes(server)] == [4, 4]
+    asked.close()
+
+
+def test_a_graph_of_another_run_is_asked_within_its_budget_padding_included(server: FakeServer) -> None:
+    """The client does not know beforehand that it is one; unpadded, all of these would be one request."""
+    server.limits[HERE.url] = {"backend": "pytorch", "max_batch_size": "16", "max_batch_tokens": "24"}
+    asked = scorer("abc", flavour="python")
+    lengths = (20, 1, 1, 1)
+    assert asked.score([[7] * length for length in lengths]) == [140.0, 7.0, 7.0, 7.0]
+    assert sorted(shapes(server)) == [(1, 20), (3, 3)]
+    asked.close()
+
+
+def test_a_request_that_was_cut_before_is_cut_again_for_a_server_that_takes_less(server: FakeServer) -> None:
+    """The first server was lost while it was to answer, and what it was asked is too much for the other."""
+    server.limits = {THERE.url: {"max_batch_size": "3"}}
+    server.down = {THERE.url}
+    asked = at(HERE, THERE, identity="abc")
+    assert asked.score(ROWS) == [float(sum(row)) for row in ROWS]
+    server.down = {HERE.url}
+    assert asked.score(ROWS) == [float(sum(row)) for row in ROWS]
+    assert [rows for rows, _ in shapes(server)] == [8, 3, 3, 2]
+    assert server.asked == [HERE.url, *[THERE.url] * 3]
+    asked.close()
+
+
+def test_the_known_questions_are_cut_for_a_small_server_too(server: FakeServer) -> None:
+    server.limits[HERE.url] = {"max_batch_size": "1"}
+    asked = scorer("abc")
+    assert asked.score([[5], [6]]) == [5.0, 6.0]
+    asked.close()
+    foreign = TritonScorer(lambda: [Place(HERE)], serving_config().serving)
+    assert foreign.score([[5], [6]]) == [5.0, 6.0]
+    foreign.close()
 
 
 def test_long_sequences_lose_their_beginning_and_empty_ones_are_refused(server: FakeServer) -> None:

@@ -74,6 +74,33 @@ def test_a_half_width_model_computes_in_float32_without_a_float32_copy(kind: str
         assert torch.equal(value, before[name][1])
 
 
+def save_mixed(folder: Path, dtype: torch.dtype, wide: dict[str, torch.dtype]) -> Path:
+    """A model in `dtype`, but for the weights in `wide`; in files that hold a few tensors each."""
+    model = tiny_model("gptj").to(dtype)
+    weights = {name: value.detach() for name, value in tiny_model("gptj").named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.data = weights[name].to(wide.get(name, dtype))
+    model.save_pretrained(folder, max_shard_size="20KB")
+    return folder
+
+
+def test_a_few_weights_of_another_width_leave_the_model_its_own_and_lose_no_bit(tmp_path: Path) -> None:
+    wide = {
+        "score.weight": torch.float32,
+        "transformer.h.1.attn.q_proj.weight": torch.float32,
+        "transformer.h.0.mlp.fc_in.weight": torch.bfloat16,
+    }
+    source = save_mixed(tmp_path, torch.float16, wide)
+    model = parity.load_reference(source, "cpu")
+    found = {name: value.dtype for name, value in model.named_parameters()}
+    assert found == {name: wide.get(name, torch.float16) for name in found}
+    whole = load_reward_model(source, torch.float32, attention="eager").eval()
+    stored = dict(whole.named_parameters())
+    assert all(torch.equal(value.float(), stored[name]) for name, value in model.named_parameters())
+    for sequence in ([5], list(range(1, 60))):
+        assert parity.reference_reward(model, sequence) == parity.reference_reward(whole, sequence)
+
+
 def test_a_layer_that_fails_has_its_own_weights_again(tmp_path: Path) -> None:
     tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path)
     model = parity.load_reference(tmp_path, "cpu")

@@ -107,6 +107,13 @@ def test_the_model_is_named_after_its_checkpoint(checkpoint: str | None, name: s
     assert model_store.model_name(serving_config(model_name="mine").serving, checkpoint) == "mine"
 
 
+def test_sixteen_bit_rewards_may_be_off_by_sixteen_units_in_the_last_place() -> None:
+    """Of the largest reward, or of 1: a bfloat16 has 7 bits behind its first, a float16 has 10."""
+    assert model_store.allowed_difference(1e-4, "float32", [100.0]) == 1e-4
+    assert model_store.allowed_difference(0.0, "bfloat16", [0.1, -4.0]) == 16 * 4.0 / 128
+    assert model_store.allowed_difference(0.0, "float16", [0.1]) == 16 / 1024
+
+
 def test_two_labels_are_refused_before_loading(tmp_path: Path) -> None:
     tiny_model(labels=2).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"config\.json: the model has 2 labels"):

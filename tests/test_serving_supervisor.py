@@ -28,7 +28,20 @@ from pipeline.serving.supervisor import Supervisor
 from pipeline.serving.usage import Meter, Traffic, Usage, traffic_row
 
 MANIFEST = Manifest(
-    "id", "rm", "/rm", "w", "t", "float32", 64, 1, {}, {"max_difference": 0.0}, [KnownAnswer([1, 2], 0.5)], 1e-3
+    "id",
+    "rm",
+    "/rm",
+    "w",
+    "t",
+    "float32",
+    64,
+    1024,
+    16,
+    1,
+    {},
+    {"max_difference": 0.0},
+    [KnownAnswer([1, 2], 0.5)],
+    1e-3,
 )
 
 

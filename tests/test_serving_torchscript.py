@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from pipeline import procs
 from pipeline.config.load import check
 from pipeline.config.serving import Serving
 from pipeline.errors import UserError
-from pipeline.serving import convert, model_store, torchscript
+from pipeline.serving import by_hand, convert, model_store, texts, torchscript
+from pipeline.serving.scorer import cut
 from pipeline.serving.scoring import RewardModel
 from pipeline.serving.torchscript import Graph, check_image, image_torch
 
@@ -194,6 +196,32 @@ def test_an_engine_without_the_pytorch_backend_is_refused_early(engine: str) -> 
     with pytest.raises(UserError, match=r"serving\.flavour: torchscript is served by a container image"):
         check({"serving": {"flavour": "torchscript"}, "sandbox": {"engine": engine}})
     assert check({"serving": {"flavour": "torchscript"}, "sandbox": {"engine": "apptainer"}})
+
+
+def test_a_store_brings_its_settings_to_those_who_serve_it_or_score_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {"max_length": 32, "max_batch_size": 3, "max_batch_tokens": 64}
+    store = tmp_path / "store"
+    convert.convert(save_reward_model(tmp_path / "rm"), store, torchscript_serving(**limits))
+    own = {"flavour": "torchscript", "dtype": "float32", **limits}
+    with pytest.raises(UserError, match=r"serving\.flavour: torchscript is served by a container image"):
+        by_hand.configuration(None, store, "venv", [])
+    served = by_hand.configuration(None, store, "apptainer", ["serving.num_threads=2"]).serving
+    assert served.model_dump(include=set(own)) == own
+
+    with texts.open_texts(None, store, {}) as (_, config):
+        assert config.serving.model_dump(include=set(own)) == own
+    clients: list[Serving] = []
+
+    def client(_locate: Any, serving: Serving, *_: Any) -> Any:
+        clients.append(serving)
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(texts, "TritonScorer", client)
+    with texts.open_texts(None, store, {"TRITON_HOST": "127.0.0.1:1/rm"}):
+        (asked,) = clients
+    assert cut([20, 1, 1, 1, 1], asked) == [[0], [1, 2, 3], [4]]
 
 
 def test_flash_attention_in_float32_is_refused_early() -> None:

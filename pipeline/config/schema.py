@@ -109,6 +109,8 @@ class RewardModel(Supervised):
     checkpoint_base: str | None = Field(None, min_length=1)
     """A folder or hub id: the model that the checkpoint was trained from, for a checkpoint without config.json or
     tokenizer."""
+    checkpoint_base_revision: str | None = Field(None, min_length=1)
+    """As `revision`, of `checkpoint_base`."""
     base: Literal["sft", "model"] = "sft"
     """What training starts from: the SFT model or the base model."""
 

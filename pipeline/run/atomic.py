@@ -18,14 +18,14 @@ from typing import Any, BinaryIO
 from pipeline.errors import UserError
 
 _REMEDIES = {
-    errno.ENOSPC: "the disk is full; free some space or choose another --run-dir",
-    errno.EDQUOT: "the quota is used up; free some space or choose another --run-dir",
-    errno.EFBIG: "a file would be larger than is allowed; raise the limit (ulimit -f) or choose another --run-dir",
-    errno.EROFS: "the file system is read-only; choose another --run-dir",
-    errno.EACCES: "permission denied; choose a --run-dir that you may write to",
-    errno.EPERM: "operation not permitted; choose a --run-dir that you may write to",
+    errno.ENOSPC: "the disk is full; free some space or choose another place",
+    errno.EDQUOT: "the quota is used up; free some space or choose another place",
+    errno.EFBIG: "a file would be larger than is allowed; raise the limit (ulimit -f) or choose another place",
+    errno.EROFS: "the file system is read-only; choose another place",
+    errno.EACCES: "permission denied; choose a place that you may write to",
+    errno.EPERM: "operation not permitted; choose a place that you may write to",
 }
-_UNKNOWN = "the write failed half-way; look at free space, quotas and ulimit -f, or choose another --run-dir"
+_UNKNOWN = "the write failed half-way; look at free space, quotas and ulimit -f, or choose another place"
 _RUST_NUMBER = re.compile(r"\(os error (\d+)\)")
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter|failed writing|inline_container\S* \. unexpected pos|iostream error")
 _NEW, _OLD = ".new", ".old"
@@ -98,6 +98,17 @@ def atomic_file(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
                 os.unlink(name)
             raise
     sync_directory(path.parent)
+
+
+def check_writable(path: Path, option: str) -> None:
+    """UserError, about `option`, when nothing can be made beside `path`: before the work whose result it shall be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"{option} {path}: cannot write in {path.parent} ({reason}); choose another place") from error
 
 
 def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:

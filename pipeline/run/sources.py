@@ -69,7 +69,10 @@ def models_of(config: Config) -> dict[str, tuple[str, str | None]]:
     if config.reward_model.checkpoint is not None:
         named["reward_model"] = (config.reward_model.checkpoint, config.reward_model.revision)
         if config.reward_model.checkpoint_base is not None:
-            named["checkpoint_base"] = (config.reward_model.checkpoint_base, None)
+            named["checkpoint_base"] = (
+                config.reward_model.checkpoint_base,
+                config.reward_model.checkpoint_base_revision,
+            )
     return named
 
 

@@ -21,7 +21,7 @@ from pipeline.run import atomic, endpoint, reward_models
 from pipeline.run.directory import Artifact, Outputs, RunDir
 from pipeline.run.reward_models import RewardModel
 from pipeline.serving.client import Published
-from pipeline.serving.model_store import Manifest, model_folder, read_manifest
+from pipeline.serving.model_store import Manifest, model_folder, read_manifest, serving_of
 from pipeline.serving.sandbox import open_sandbox, prepare
 from pipeline.serving.service import Service, supervise
 from pipeline.serving.texts import present_model
@@ -49,8 +49,7 @@ def configuration(run: RunDir | None, store: Path | None, engine: str | None, ov
         tree = read_config(run.root).plain()
     else:
         assert store is not None
-        manifest = read_manifest(store)
-        tree = {"serving": {"dtype": manifest.dtype, "max_length": manifest.max_length}}
+        tree = {"serving": serving_of(read_manifest(store))}
     if engine is not None:
         tree = merge(tree, {"sandbox": {"engine": engine}})
     for text in overrides:

@@ -20,7 +20,7 @@ from pipeline.serving import wire
 from pipeline.serving.known import PROBE_S, Reference, examine, run_reference
 from pipeline.serving.model_store import reward_folder
 from pipeline.serving.pool import Link, Locate, Place, ServerPool
-from pipeline.serving.scorer import BatchScorer, LocalScorer, Scorer
+from pipeline.serving.scorer import BatchScorer, LocalScorer, Scorer, refit
 
 TRITON_HOST = "TRITON_HOST"
 LIVE_S = 60.0
@@ -88,6 +88,7 @@ class TritonScorer(BatchScorer):
         self._reference = reference or Reference()
         self._deciding = threading.Lock()
         self._expected = expected
+        self._wanted = serving
         super().__init__(serving, self._reference.identity, workers=serving.max_in_flight)
         self._pool = ServerPool(locate, self._open, expected)
         patience_s = serving.retry_timeout_s if connect_s is None else connect_s
@@ -97,7 +98,7 @@ class TritonScorer(BatchScorer):
             self.close()
             raise
         self._pool.give_back(link, 0, answered=True)
-        self._identity = link.identity
+        self._identity, self._serving = link.identity, link.serving  # within its limits from the first request on
 
     def close(self) -> None:
         """See `Scorer`. Requests that are under way are cancelled."""
@@ -143,6 +144,14 @@ class TritonScorer(BatchScorer):
                 self._pool.give_back(link, tokens, answered=answered)
 
     def _ask(self, link: Link, rows: list[list[int]]) -> list[float]:
+        """The rewards, in several replies where the request was cut for a server that takes more than this one."""
+        rewards = [0.0] * len(rows)
+        for part in refit(rows, link.serving):
+            for index, reward in zip(part, self._ask_once(link, [rows[index] for index in part]), strict=True):
+                rewards[index] = reward
+        return rewards
+
+    def _ask_once(self, link: Link, rows: list[list[int]]) -> list[float]:
         """The rewards, once it is known which model gave them.
 
         gRPC connects anew by itself, so another server may have answered than the one that was examined.
@@ -170,11 +179,11 @@ class TritonScorer(BatchScorer):
         try:
             while True:
                 reference = self._reference
-                found = examine(client, address, reference, self._serving)
+                found, limited = examine(client, address, reference, self._wanted)
                 with self._deciding:
                     if self._reference is reference:  # else another server has decided meanwhile: ask again
                         self._reference = found
-                        return Link(client, address, found.identity)
+                        return Link(client, address, found.identity, limited)
         except BaseException as error:
             client.close()
             if isinstance(error, InferenceServerException) and not is_retriable(error):

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
 
 from pipeline.config.serving import Serving
 from pipeline.errors import UserError, run_command
 from pipeline.run.sources import checkpoint_base_path, reward_model_path
 from pipeline.run.work import Progress, parse_work, write_result
 from pipeline.serving import access, model_store, parity, torchscript
-from pipeline.serving.prepare import prepared
+from pipeline.serving.prepare import check_labels, prepared
 from pipeline.serving.scoring import CODE_VERSION, RewardModel
 
 STORE = "model_store"
@@ -62,6 +63,7 @@ def convert_checkpoint(
     image: str | None = None,
 ) -> model_store.Manifest:
     """`convert` for any checkpoint that `prepared` reads; `base` has what it lacks of configuration and tokenizer."""
+    transformers_logging.disable_progress_bar()
     with prepared(source, base, store.with_name(f"{store.name}.weights")) as folder:
         return convert(folder, store, serving, checkpoint, progress, image, origin=source)
 
@@ -83,7 +85,7 @@ def convert(
     positions, or when the store's rewards differ from the eager float32 model's by more than is allowed.
     """
     report = progress.update if progress is not None else _no_progress
-    check_config(source, serving.max_length)
+    check_config(source, serving.max_length, origin or source)
     shutil.rmtree(store, ignore_errors=True)  # an earlier, interrupted conversion
     name = model_store.model_name(serving, checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -110,7 +112,7 @@ def convert(
     report(2, "comparing the two")
     score = _score_graph(folder, serving, device) if graph is not None else _score_model(folder, serving, device)
     found = parity.compare(score, sequences, reference)
-    allowed = parity.allowed_difference(serving, reference)
+    allowed = model_store.allowed_difference(serving.parity_tolerance, serving.dtype, reference)
     logger.info("%s: within %.3g of the eager model (%.3g allowed in %s)", name, found.largest, allowed, serving.dtype)
     if not found.largest <= allowed:  # also true for NaN
         raise UserError(
@@ -127,6 +129,8 @@ def convert(
         flavour=serving.flavour,
         dtype=serving.dtype,
         max_length=serving.max_length,
+        max_batch_tokens=serving.max_batch_tokens,
+        max_batch_size=serving.max_batch_size,
         code_version=CODE_VERSION,
         versions=model_store.package_versions(),
         parity={
@@ -151,8 +155,8 @@ def convert(
     return manifest
 
 
-def check_config(source: Path, max_length: int) -> None:
-    """Check a model folder's config.json before anything is loaded; UserError with what is wrong."""
+def check_config(source: Path, max_length: int, origin: Path) -> None:
+    """Check a model folder's config.json before anything is loaded; UserError with what is wrong, of `origin`."""
     path = source / "config.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file; reward_model.checkpoint must be a Hugging Face model folder")
@@ -160,13 +164,11 @@ def check_config(source: Path, max_length: int) -> None:
     architectures = raw.get("architectures") or []
     if not any(name.endswith("ForSequenceClassification") for name in architectures):
         raise UserError(f"{path}: architectures is {architectures}; a reward model is a ...ForSequenceClassification")
-    labels = len(raw["id2label"]) if "id2label" in raw else raw.get("num_labels", 2)
-    if labels != 1:
-        raise UserError(f"{path}: the model has {labels} labels; a reward model has exactly one (num_labels = 1)")
+    check_labels(raw, path)
     positions = raw.get("max_position_embeddings", raw.get("n_positions"))
     if positions is not None and max_length > positions:
         raise UserError(
-            f"serving.max_length: {max_length} is more than the {positions} positions of {source}; lower it"
+            f"serving.max_length: {max_length} is more than the {positions} positions of {origin}; lower it"
         )
 
 

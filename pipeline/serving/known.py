@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import tritonclient.grpc as triton
 
@@ -13,14 +14,14 @@ from pipeline.errors import UserError
 from pipeline.run import reward_models
 from pipeline.run.directory import RunDir
 from pipeline.serving import wire
-from pipeline.serving.model_store import MANIFEST, KnownAnswer, read_manifest
+from pipeline.serving.model_store import MANIFEST, KnownAnswer, allowed_difference, read_manifest
+from pipeline.serving.scorer import cut
 
 PROBE_S = 10.0
 """How long a server may take to say which model it serves: that waits behind nobody's work."""
 
 _PROBES = tuple([1 + place % 9 for place in range(length)] for length in (1, 2, 7, 33))
 """What is asked where no answer is known yet, in ids that every vocabulary has."""
-_EPSILON = {"float32": 0.0, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,11 @@ def store_reference(store: Path, identity: str | None) -> Reference:
 
 def examine(
     client: triton.InferenceServerClient, address: wire.Address, reference: Reference, serving: Serving
-) -> Reference:
+) -> tuple[Reference, Serving]:
     """Ask a server for its model's identity and the known answers.
 
-    Returns the reference, with what it did not know as this server has it: later connections are held to that.
+    Returns the reference, with what it did not know as this server has it: later connections are held to that. And
+    the settings within which this server takes requests.
     Raises UserError for another model or a wrong answer, InferenceServerException when the server cannot be asked.
     """
     parameters = wire.served_parameters(client, address.model, min(PROBE_S, serving.request_timeout_s))
@@ -68,6 +70,7 @@ def examine(
             f"{address}: serves another reward model ({_short(identity)}) than this run is to use "
             f"({_short(reference.identity)}); start that model's server, or unset TRITON_HOST"
         )
+    serving = within(serving, parameters)
     if reference.answers:
         rewards = _ask(client, address, [answer.tokens for answer in reference.answers], serving)
         pairs = zip(rewards, reference.answers, strict=True)
@@ -77,23 +80,36 @@ def examine(
                 f"{address}: rewards are off by {difference:.3g} from the known answers ({reference.tolerance:.3g} "
                 "allowed): the server is damaged, or serves another model; restart it with the run's model store"
             )
-        return replace(reference, identity=identity)
+        return replace(reference, identity=identity), serving
     probes = [probe[-serving.max_length :] for probe in _PROBES]
     rewards = _ask(client, address, probes, serving)
-    epsilon = _EPSILON.get(parameters.get("dtype", ""), _EPSILON["bfloat16"])
-    tolerance = serving.parity_tolerance + 16 * epsilon * max(1.0, *map(abs, rewards))
+    tolerance = allowed_difference(serving.parity_tolerance, parameters.get("dtype", "bfloat16"), rewards)
     answers = tuple(KnownAnswer(probe, reward) for probe, reward in zip(probes, rewards, strict=True))
-    return Reference(identity, answers, tolerance)
+    return Reference(identity, answers, tolerance), serving
+
+
+def within(serving: Serving, parameters: Mapping[str, str]) -> Serving:
+    """A client's settings within the limits of a served model, and cut as its flavour needs it."""
+    limits: dict[str, Any] = {}
+    for name in ("max_batch_tokens", "max_batch_size"):
+        served = parameters.get(name, "")
+        if served.isdecimal() and int(served) > 0:
+            limits[name] = min(int(served), getattr(serving, name))
+    if parameters.get("backend") == "pytorch":
+        limits["flavour"] = "torchscript"
+    return serving.model_copy(update=limits)
 
 
 def _ask(
     client: triton.InferenceServerClient, address: wire.Address, sequences: Sequence[list[int]], serving: Serving
 ) -> list[float]:
-    rewards: list[float] = []
+    rewards = [0.0] * len(sequences)
     try:
-        for start in range(0, len(sequences), serving.max_batch_size):
-            some = sequences[start : start + serving.max_batch_size]
-            rewards += wire.infer(client, address.model, some, serving.request_timeout_s)
+        for some in cut([len(sequence) for sequence in sequences], serving):
+            rows = [sequences[index] for index in some]
+            answers = wire.infer(client, address.model, rows, serving.request_timeout_s)
+            for index, reward in zip(some, answers, strict=True):
+                rewards[index] = reward
     except UserError as error:
         raise UserError(f"{address}: a known question was answered wrongly: {error}") from error
     return rewards

@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import struct
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import Template
@@ -38,6 +39,7 @@ MANIFEST = "manifest.json"
 VERSION = "1"
 MODEL_FOLDER = "reward_model"
 
+_EPSILON = {"float32": 0.0, "float16": 2.0**-10}
 _SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -71,6 +73,9 @@ class Manifest:
     tokenizer_sha256: str
     dtype: str
     max_length: int
+    max_batch_tokens: int
+    """That one request may hold, and `max_batch_size` sequences."""
+    max_batch_size: int
     code_version: int
     versions: dict[str, str]
     parity: dict[str, float]
@@ -95,6 +100,21 @@ def read_manifest(store: Path) -> Manifest:
         return Manifest(known_answers=answers, **raw)
     except (TypeError, KeyError, AttributeError):
         raise UserError(f"{path}: not of this version; run it again with --force --stage convert") from None
+
+
+def serving_of(manifest: Manifest) -> dict[str, Any]:
+    """The settings of `serving` that are a store's own: what its server takes, and how requests are cut for it."""
+    names = ("flavour", "dtype", "max_length", "max_batch_tokens", "max_batch_size")
+    return {name: getattr(manifest, name) for name in names}
+
+
+def allowed_difference(parity_tolerance: float, dtype: str, rewards: Sequence[float]) -> float:
+    """How far rewards in `dtype` may be from `rewards`: the tolerance; in 16 bits plus 16 units in the last place.
+
+    A unit in the last place is the dtype's epsilon (2**-7 for bfloat16, 2**-10 for float16) times the largest reward,
+    or times 1 if that is smaller: the rounding that a deep model may pile up. An unknown dtype counts as bfloat16.
+    """
+    return parity_tolerance + 16 * _EPSILON.get(dtype, 2.0**-7) * max(1.0, *map(abs, rewards))
 
 
 def write_manifest(store: Path, manifest: Manifest) -> None:
@@ -220,14 +240,22 @@ def place_model(source: Path, target: Path, dtype: str) -> None:
 
 
 def stored_dtypes(folder: Path) -> set[str]:
-    """The dtypes of all tensors in a folder's safetensors files, from their headers; empty without such files."""
-    dtypes: set[str] = set()
+    """The dtypes of all tensors in a folder's safetensors files; empty without such files."""
+    return set(stored_bytes(folder))
+
+
+def stored_bytes(folder: Path) -> dict[str, int]:
+    """How many bytes a folder's safetensors files hold in each dtype, from their headers."""
+    sizes: dict[str, int] = {}
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
             header: dict[str, Any] = json.loads(file.read(size))
-        dtypes |= {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
-    return dtypes
+        header.pop("__metadata__", None)
+        for entry in header.values():
+            begin, end = entry["data_offsets"]
+            sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + end - begin
+    return sizes
 
 
 def weights_sha256(folder: Path) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.config.serving import Serving
-from pipeline.serving.model_store import stored_dtypes
+from pipeline.serving.model_store import stored_bytes
+from pipeline.serving.tensors import read_tensors
 from pipeline.training.models import load_reward_model
 
 Score = Callable[[list[list[int]]], list[float]]
@@ -25,13 +25,27 @@ _HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
 def load_reference(source: Path, device: str) -> Any:
     """The plain eager model, computing in float32; UserError when weights are missing, superfluous or misshapen.
 
-    Weights that are stored in 16 bits stay so in memory, see `compute_in_float32`.
+    Weights that are stored in 16 bits stay so in memory, see `compute_in_float32`; the others keep all their bits.
     """
-    dtypes = stored_dtypes(source)
-    dtype = _HALVES.get(next(iter(dtypes)), torch.float32) if len(dtypes) == 1 else torch.float32
-    model = load_reward_model(source, dtype, attention="eager").to(device).eval()
+    stored = {_HALVES[name]: size for name, size in stored_bytes(source).items() if name in _HALVES}
+    dtype = max(stored, key=lambda half: stored[half], default=torch.float32)
+    model = load_reward_model(source, dtype, attention="eager")
+    if stored:
+        _put_back(source, model, dtype)
+    model = model.to(device).eval()
     compute_in_float32(model)
     return model
+
+
+def _put_back(source: Path, model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the weights that are stored in another dtype than the model was loaded in their exact values again."""
+    parameters = dict(model.named_parameters())
+    for file in sorted(source.glob("*.safetensors")):
+        for name, tensor in read_tensors(file).items():
+            # What is no parameter is a constant of older versions, which loading has passed over.
+            if tensor.dtype != dtype and name in parameters:
+                kept = tensor.dtype if tensor.dtype in _HALVES.values() else torch.float32
+                parameters[name].data = tensor.read().to(kept, copy=True)
 
 
 def compute_in_float32(model: nn.Module) -> None:
@@ -111,15 +125,3 @@ def _batches(count: int) -> Iterator[list[int]]:
     yield everything[::-1]
     yield random.Random(count).sample(everything, count)
     yield everything
-
-
-def allowed_difference(serving: Serving, reference: Sequence[float]) -> float:
-    """The tolerance in reward units: `parity_tolerance`; for 16-bit dtypes plus 16 units in the last place.
-
-    A unit in the last place is the dtype's epsilon (2**-7 for bfloat16, 2**-10 for float16) times the largest
-    reference reward, or times 1 if that is smaller: the rounding that a deep model may pile up.
-    """
-    if serving.dtype == "float32":
-        return serving.parity_tolerance
-    epsilon = float(torch.finfo(getattr(torch, serving.dtype)).eps)
-    return serving.parity_tolerance + 16 * epsilon * max(1.0, *map(abs, reference))

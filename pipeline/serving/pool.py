@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
+from pipeline.config.serving import Serving
 from pipeline.errors import UserError
 from pipeline.serving import wire
 
@@ -48,6 +49,8 @@ class Link:
     client: triton.InferenceServerClient
     address: wire.Address
     identity: str | None
+    serving: Serving
+    """The client's settings within this server's limits."""
     under_way: int = 0
     """Padded tokens that the server has been asked for and has not answered yet."""
     last_loan: int = 0

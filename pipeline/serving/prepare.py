@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,11 +79,16 @@ def _config(folder: Path, base: Path | None) -> tuple[PretrainedConfig, Path, bo
     own = where.parent == folder
     raw = _raw(where)
     if own and any(name.endswith(_CLASS) for name in raw.get("architectures") or ()):
-        labels = len(raw["id2label"]) if "id2label" in raw else raw.get("num_labels", 2)
-        if labels != 1:
-            raise UserError(f"{where}: the model has {labels} labels; a reward model has exactly one (num_labels = 1)")
+        check_labels(raw, where)
     config.num_labels = 1
     return config, where, own
+
+
+def check_labels(raw: Mapping[str, Any], where: Path) -> None:
+    """UserError when the classifier that the config.json `where` describes has not exactly one label."""
+    labels = len(raw["id2label"]) if "id2label" in raw else raw.get("num_labels", 2)
+    if labels != 1:
+        raise UserError(f"{where}: the model has {labels} labels; a reward model has exactly one (num_labels = 1)")
 
 
 def _load_config(folder: Path) -> tuple[PretrainedConfig, Path] | None:

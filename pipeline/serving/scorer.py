@@ -172,6 +172,15 @@ def cut(lengths: Sequence[int], serving: Serving) -> list[list[int]]:
     return fill(lengths, serving.max_batch_tokens, serving.max_batch_size)
 
 
+def refit(rows: Sequence[Sequence[int]], serving: Serving) -> list[list[int]]:
+    """How a request that was cut before is cut for a server with `serving`: not at all where it is within limits."""
+    lengths = [len(row) for row in rows]
+    tokens = len(rows) * max(lengths) if serving.flavour == "torchscript" else sum(lengths)
+    if len(rows) <= serving.max_batch_size and tokens <= serving.max_batch_tokens:
+        return [list(range(len(rows)))]
+    return cut(lengths, serving)
+
+
 def clip(sequences: Sequence[Sequence[int]], max_length: int) -> list[list[int]]:
     """Each sequence's last `max_length` tokens; ValueError for an empty one, which has no last token to score."""
     for index, sequence in enumerate(sequences):

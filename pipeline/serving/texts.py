@@ -26,7 +26,7 @@ from pipeline.run.sources import reward_model_path
 from pipeline.serving import wire
 from pipeline.serving.client import TRITON_HOST, TritonScorer, connect_scorer
 from pipeline.serving.known import store_reference
-from pipeline.serving.model_store import model_folder, read_manifest
+from pipeline.serving.model_store import model_folder, read_manifest, serving_of
 from pipeline.serving.pool import Place
 from pipeline.serving.scorer import LocalScorer, Scorer
 
@@ -89,7 +89,7 @@ def open_texts(
         assert store is not None
         manifest = read_manifest(store)
         folder = model_folder(store, manifest.model_name)
-        config = check({"serving": {"dtype": manifest.dtype, "max_length": manifest.max_length}})
+        config = check({"serving": serving_of(manifest)})
         named = environ.get(TRITON_HOST)
         if named:
             place = Place(wire.parse_address(named, tls=environ.get(wire.TLS_VARIABLE)))

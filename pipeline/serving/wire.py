@@ -72,9 +72,13 @@ def open_client(address: Address) -> triton.InferenceServerClient:
 
 
 def served_parameters(client: triton.InferenceServerClient, model: str, timeout_s: float) -> dict[str, str]:
-    """The parameters in the served model's configuration; its "identity" is missing where convert did not write it."""
-    parameters = client.get_model_config(model, client_timeout=timeout_s).config.parameters
-    return {key: value.string_value for key, value in parameters.items()}
+    """The parameters in the served model's configuration, with its "backend" and "max_batch_size".
+
+    Its "identity" is missing where convert did not write it.
+    """
+    config = client.get_model_config(model, client_timeout=timeout_s).config
+    parameters = {key: value.string_value for key, value in config.parameters.items()}
+    return {**parameters, "backend": config.backend, "max_batch_size": str(config.max_batch_size)}
 
 
 def is_ready(client: triton.InferenceServerClient, model: str, timeout_s: float) -> bool:

@@ -16,7 +16,7 @@ _STORE_SETTINGS = {
 
 class Convert(Stage):
     name = "convert"
-    version = 3
+    version = 4
 
     def settings(self, context: Context) -> dict[str, Any]:
         config = context.config

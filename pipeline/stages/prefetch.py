@@ -31,6 +31,8 @@ class Prefetch(Stage):
         }
         if "checkpoint_base" in models_of(config):
             settings["checkpoint_base"] = config.reward_model.checkpoint_base
+            if config.reward_model.checkpoint_base_revision is not None:
+                settings["checkpoint_base_revision"] = config.reward_model.checkpoint_base_revision
         if config.model.tokenizer_path is not None:
             settings["tokenizer"] = config.model.tokenizer_path
         if config.model.path == EMBEDDED:

@@ -16,9 +16,10 @@ class RewardModel(Stage):
 
     def settings(self, context: Context) -> dict[str, Any]:
         config = context.config
+        elsewhere = {"checkpoint_base", "checkpoint_base_revision"}
         settings: dict[str, Any] = {
             "seed": config.seed,
-            "reward_model": config.reward_model.model_dump(mode="json", exclude={"checkpoint_base"}),
+            "reward_model": config.reward_model.model_dump(mode="json", exclude=elsewhere),
         }
         if config.reward_model.base == "model" and config.model.path != EMBEDDED:
             settings["model"] = model_identity(context, "model")
