@@ -339,7 +339,7 @@ def test_servers_share_the_load_and_one_that_fails_is_taken_back_once_it_answers
         return set(server.asked[-count:])
 
     monkeypatch.setattr(wire, "ask", together)  # two at a time: the second goes where there is less to do
-    assert urls(8) == {HERE.url, THERE.url}
+    eventually(lambda: urls(8) == {HERE.url, THERE.url})
     monkeypatch.setattr(wire, "ask", ask)
     server.down = {THERE.url}
     assert urls(8) == {HERE.url}

@@ -211,6 +211,8 @@ def is_retriable(error: InferenceServerException) -> bool:
     if status == "StatusCode.INTERNAL":
         # The Python backend's process died, and its supervisor restarts the server; or the connection broke.
         return "not healthy" in message or "RST_STREAM" in message
+    if status == "StatusCode.INVALID_ARGUMENT":
+        return "batch-size must be <=" in message  # a server with smaller limits has taken its place: see them first
     if status == "StatusCode.UNKNOWN":
         return "Stream removed" in message  # gRPC's word for a server that was killed
     return status in ("StatusCode.CANCELLED", "StatusCode.DEADLINE_EXCEEDED")
