@@ -26,7 +26,7 @@ from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.run import endpoint, reward_models, service_metrics
 from pipeline.run.directory import RunDir
-from pipeline.serving import by_hand, service, supervisor, wire
+from pipeline.serving import by_hand, service, supervisor, swap, wire
 from pipeline.serving.client import TritonScorer, connect_scorer
 from pipeline.serving.convert import convert
 from pipeline.serving.engines import Engine
@@ -235,7 +235,7 @@ def test_another_model_is_served_beside_the_first_without_an_error_for_anyone(
     first, identity = server.triton_host, server.identity
     reward_models.use(run, identity)
     asking = Asking(scorer)
-    announcing = threading.Thread(target=by_hand.announce, args=(run, config, other_store, False, print))
+    announcing = threading.Thread(target=swap.announce, args=(run, config, other_store, False, print))
     announcing.start()
     tick_while(server, announcing.is_alive)  # the command returns when the new one is served
     asking.once.clear()

@@ -23,7 +23,8 @@ from pipeline.run import endpoint, service_metrics
 from pipeline.run.directory import RunDir
 from pipeline.serving import supervisor, wire
 from pipeline.serving.model_store import KnownAnswer, Manifest
-from pipeline.serving.server import free_port, make_spec, region_prefix, sweep_shared_memory
+from pipeline.serving.server import free_port, make_spec
+from pipeline.serving.shared_memory import region_prefix, sweep
 from pipeline.serving.supervisor import Supervisor
 from pipeline.serving.usage import Meter, Traffic, Usage, traffic_row
 
@@ -344,7 +345,7 @@ def test_only_own_regions_and_those_of_dead_supervisors_are_swept(tmp_path: Path
     for name in (*kept, f"{own}1", f"{reused}1", f"{gone}1"):
         (tmp_path / name).write_bytes(b"x" * 4096)
     with (tmp_path / f"{own}mapped").open("r+b") as file, mmap.mmap(file.fileno(), 4096):
-        assert sweep_shared_memory(own, tmp_path) == sorted([f"{own}1", f"{reused}1", f"{gone}1"])
+        assert sweep(own, tmp_path) == sorted([f"{own}1", f"{reused}1", f"{gone}1"])
     assert sorted(os.listdir(tmp_path)) == sorted(kept)
 
 

@@ -69,7 +69,7 @@ def examine(
             f"({_short(reference.identity)}); start that model's server, or unset TRITON_HOST"
         )
     if reference.answers:
-        rewards = _ask(client, address, [answer.tokens for answer in reference.answers], serving)
+        rewards = ask(client, address, [answer.tokens for answer in reference.answers], serving)
         pairs = zip(rewards, reference.answers, strict=True)
         difference = max(abs(reward - answer.reward) for reward, answer in pairs)
         if difference > reference.tolerance:
@@ -79,16 +79,17 @@ def examine(
             )
         return replace(reference, identity=identity)
     probes = [probe[-serving.max_length :] for probe in _PROBES]
-    rewards = _ask(client, address, probes, serving)
+    rewards = ask(client, address, probes, serving)
     epsilon = _EPSILON.get(parameters.get("dtype", ""), _EPSILON["bfloat16"])
     tolerance = serving.parity_tolerance + 16 * epsilon * max(1.0, *map(abs, rewards))
     answers = tuple(KnownAnswer(probe, reward) for probe, reward in zip(probes, rewards, strict=True))
     return Reference(identity, answers, tolerance)
 
 
-def _ask(
+def ask(
     client: triton.InferenceServerClient, address: wire.Address, sequences: Sequence[list[int]], serving: Serving
 ) -> list[float]:
+    """The rewards that a server gives, in `requests_for` requests. Raises as `examine` does."""
     rewards: list[float] = []
     try:
         for start in range(0, len(sequences), serving.max_batch_size):
@@ -97,6 +98,11 @@ def _ask(
     except UserError as error:
         raise UserError(f"{address}: a known question was answered wrongly: {error}") from error
     return rewards
+
+
+def requests_for(sequences: int, serving: Serving) -> int:
+    """How many requests `ask` makes of so many sequences: how many a request may hold is the user's to set."""
+    return -(-sequences // serving.max_batch_size)
 
 
 def _short(identity: str | None) -> str:
