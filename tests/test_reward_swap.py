@@ -405,10 +405,10 @@ def test_phases_change_over_whole_and_a_resume_goes_on_with_the_new_model(
         watched = Watched(monkeypatch)
         config = settings()
 
-        def swap(run: RunDir = run, config: Config = config, store: Path = store) -> None:
+        def change(run: RunDir = run, config: Config = config, store: Path = store) -> None:
             swap.announce(run, config, store, False, lambda text: None)
 
-        watched.at_end_of[1] = swap
+        watched.at_end_of[1] = change
         if stopped:
             run.stop_flag.parent.mkdir(parents=True)
             watched.at_end_of[2] = run.stop_flag.touch
