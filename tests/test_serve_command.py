@@ -118,11 +118,9 @@ def test_by_hand_it_serves_until_it_is_told_to_stop_and_answers_what_it_was_aske
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     log = (tmp_path / "log").open("wb")
     here = procs.this_process()
-    killed = [
-        folder / f"{name}{owner.mark(replace(here, start=here.start + 1))}" for name in ("hh-serve-", "hh-triton-")
-    ]
-    for left in killed:  # by two that were killed: this process's pid was another's then
-        left.mkdir()
+    killed = owner.mark(replace(here, start=here.start + 1))  # its pid is another process's now
+    for left in ("hh-serve-", "hh-triton-"):
+        (folder / f"{left}{killed}").mkdir()
     served = subprocess.Popen(
         [sys.executable, "-m", "pipeline.serve", str(store), "--engine", "venv"],
         cwd=ROOT,
