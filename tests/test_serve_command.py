@@ -190,6 +190,7 @@ def server(engine: Engine, run: RunDir, config: Config, tmp_path_factory: pytest
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(supervisor, "CANARY_S", 0.5)
         patch.setattr(service, "LINGER_S", 2.0)
+        patch.setattr(service, "SETTLE_S", 0.5)
         with supervise(run, config, engine, [], log, "job", wait=False) as server:
             tick_until(server)
             yield server
@@ -270,6 +271,32 @@ def test_another_model_is_served_beside_the_first_without_an_error_for_anyone(
     assert [one.digest for one in endpoint.read_all(run)] == [server.identity]
     # The run remembers: the next server serves the announced model at once.
     assert reward_models.store_of(run) == other_store.resolve()
+
+
+def test_a_model_that_no_training_came_to_use_gives_its_place_back_without_an_error_for_anyone(
+    server: Service, run: RunDir, config: Config, other_store: Path
+) -> None:
+    """What a third model waits for; here the third is the first again."""
+    first, identity = server.triton_host, server.identity
+    assert identity == read_manifest(other_store).identity
+    reward_models.use(run, identity)
+    scorer = connect_scorer(run, config, {})
+    asking = Asking(scorer)
+    store = run.artifact("convert", "model_store")
+    announcing = threading.Thread(target=swap.announce, args=(run, config, store, False, print))
+    announcing.start()
+    tick_while(server, announcing.is_alive)
+    second = Path(wire.parse_address(server.triton_host).url.removeprefix("unix:")).parent
+    assert server.identity == read_manifest(store).identity != identity
+    reward_models.announce(run, identity, other_store.resolve())
+    tick_while(server, second.exists)
+    assert (server.triton_host, server.identity) == (first, identity)
+    assert [(one.digest, one.retiring) for one in endpoint.read_all(run)] == [(identity, False)]
+    asking.once.clear()
+    tick_until(server, asking.once)
+    asking.stop()
+    scorer.close()
+    assert asking.failure is None and asking.rewards == local_rewards(other_store, config)
 
 
 class Asking:

@@ -43,7 +43,7 @@ class _Use:
 
     def change(self, identity: str | None) -> None:
         """It is another model from now on."""
-        with self._saying:
+        with self._saying:  # else the word of before could come after this one
             self._identity = identity
             reward_models.use(self._run, identity)
 
@@ -56,7 +56,8 @@ class _Use:
     def _repeat(self) -> None:
         while not self._over.wait(reward_models.RENEW_S):
             try:
-                self.change(self._identity)
+                with self._saying:
+                    reward_models.use(self._run, self._identity)
             except (UserError, OSError) as error:  # the training's own writes tell whether this is its end
                 logger.warning("cannot say which reward model is in use: %s", error)
 
@@ -121,10 +122,12 @@ class RewardSource:
 
     def close(self) -> None:
         """Let go of the model: the training is over, or stops for now."""
-        if self._scorer is not None:
-            self._scorer.close()
-        if self._use is not None:
-            self._use.end()
+        try:
+            if self._scorer is not None:
+                self._scorer.close()
+        finally:
+            if self._use is not None:
+                self._use.end()
 
     def _wanted(self, scorer: Scorer) -> dict[str, Any] | None:
         model = reward_models.announced(self.run)
