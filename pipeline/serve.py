@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--engine", choices=("venv", "apptainer", "singularity", "docker"), help="what tritonserver runs in")
     add("--bind", choices=("unix", "loopback", "network"), help="where it listens (default: unix)")
     add("--port", type=int, metavar="N", help="on this port (default: a free one)")
-    add("--devices", default=None, metavar="LIST", help="GPUs, as in 0,1 (default: the last visible one)")
+    add("--devices", default=None, metavar="LIST", help="GPUs, as in 0,1 (default: the last visible one; none: '')")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, as in serving.dtype=...")
     return parser
 
@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--swap: takes the new store, and --run the run that is to use it; nothing else")
     if arguments.alone and arguments.swap is None:
         raise UserError("--alone: says how to --swap; leave it out")
+    if arguments.port is not None and not 0 <= arguments.port <= 65535:
+        raise UserError(f"--port: {arguments.port} is no port; give one from 1 to 65535, or 0 for a free one")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     run = None
     if arguments.run is not None:
@@ -55,18 +57,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = open_run(arguments.run)
     from pipeline.serving import by_hand
 
+    given = arguments.swap or arguments.store
+    if given is not None:
+        by_hand.check_store(given)
     overrides = list(arguments.set)
     overrides += [f"serving.bind={arguments.bind}"] if arguments.bind else []
     overrides += [f"serving.grpc_port={arguments.port}"] if arguments.port is not None else []
     config = by_hand.configuration(run, arguments.store, arguments.engine, overrides)
     if arguments.swap is not None:
-        assert run is not None
-        by_hand.announce(run, config, arguments.swap, arguments.alone, _say)
-        return 0
-    from pipeline.stages.devices import visible_devices
+        from pipeline.serving import swap
 
-    listed = arguments.devices
-    devices = visible_devices()[-1:] if listed is None else visible_devices({"CUDA_VISIBLE_DEVICES": listed})
+        assert run is not None
+        swap.announce(run, config, arguments.swap, arguments.alone, _say)
+        return 0
+    from pipeline.stages.devices import named_devices, visible_devices
+
+    devices = visible_devices()[-1:] if arguments.devices is None else named_devices(arguments.devices, "--devices")
     by_hand.serve(run, arguments.store, config, devices, _say, own_sandbox=arguments.engine is not None)
     return 0
 

@@ -15,7 +15,7 @@ from pytest import MonkeyPatch
 
 from pipeline import procs
 from pipeline.run.directory import RunDir
-from pipeline.serving import server
+from pipeline.serving import shared_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -153,7 +153,7 @@ def nothing_left(run: Path) -> bool:
 def orphaned_regions(run: Path) -> list[str]:
     """Shared memory that no process maps, of the run's servers."""
     stores = (run / "stages" / "convert" / "attempts").glob("*/out/model_store")
-    marks = {server.store_mark(store) for store in stores}
+    marks = {shared_memory.store_mark(store) for store in stores}
     regions = {str(path) for path in Path("/dev/shm").glob("triton_hh_*") if path.name.split("_")[5] in marks}
     for maps in Path("/proc").glob("[0-9]*/maps") if regions else ():
         try:

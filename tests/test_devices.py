@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from pipeline.config.cluster import Cluster
 from pipeline.errors import UserError
-from pipeline.stages.devices import granted_devices, split_devices, visible_devices
+from pipeline.stages.devices import granted_devices, named_devices, split_devices, visible_devices
 
 
 @pytest.mark.parametrize(
@@ -23,6 +25,25 @@ from pipeline.stages.devices import granted_devices, split_devices, visible_devi
 )
 def test_the_visible_list_is_read_as_cuda_reads_it(listed: str, devices: tuple[str, ...]) -> None:
     assert visible_devices({"CUDA_VISIBLE_DEVICES": listed}) == devices
+
+
+def test_gpus_that_a_person_names_must_be_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert named_devices("", "--devices") == ()
+    with pytest.raises(UserError, match=r"^--devices: a,b: this machine shows no GPU"):
+        named_devices("a,b", "--devices")
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n[ \"$*\" = -L ] && echo '{LISTED}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert named_devices("1, 0", "--devices") == ("1", "0")
+    assert named_devices("GPU-1b,MIG-77aa", "--devices") == ("GPU-1b", "MIG-77aa")
+    for listed, bad in {"a,b": "a", "0,2": "2", "0,": "", "GPU-1c": "GPU-1c", "G": "G", "-1": "-1"}.items():
+        with pytest.raises(UserError, match=rf"^--devices: no GPU here is called '{bad}'; there are: 0, 1, GPU-1b2c, "):
+            named_devices(listed, "--devices")
+
+
+LISTED = """GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1b2c)
+GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-9f8e)
+  MIG 1g.10gb     Device  0: (UUID: MIG-77aa)"""
 
 
 def test_the_list_is_sliced_and_not_the_numbers() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -18,18 +21,21 @@ from helpers_ppo import config_of, make_run, tiny_config, tokenizer
 from safetensors.torch import load_file
 from transformers import GPTNeoXForSequenceClassification
 
+from pipeline import serve
 from pipeline.config.load import dump
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.run import atomic, reward_models
 from pipeline.run.directory import Artifact, Outputs, RunDir
-from pipeline.serving import by_hand, service
+from pipeline.serving import service, swap
 from pipeline.serving.convert import convert
 from pipeline.serving.scorer import BatchScorer
 from pipeline.serving.service import Service
+from pipeline.serving.texts import open_texts
 from pipeline.training import ppo
 from pipeline.training.metrics import Row, read_rows
-from pipeline.training.reward_source import LEDGER
+from pipeline.training.ranks import Ranks
+from pipeline.training.reward_source import LEDGER, RewardSource
 from pipeline.training.trainer import Trainer, TrainState
 
 
@@ -59,8 +65,12 @@ class FakeSupervisor:
     def retire(self) -> None:
         self.log.append(f"retire {self.identity}")
 
+    def reinstate(self) -> None:
+        self.log.append(f"reinstate {self.identity}")
+
     def stop(self) -> None:
         self.log.append(f"stop {self.identity}")
+        self.up = False
 
 
 class Story:
@@ -82,7 +92,8 @@ class Story:
         return path
 
     def _make(self, store: Path, before_publishing: Callable[[], None]) -> Any:
-        return self.servers.setdefault(store.name, FakeSupervisor(store.name, before_publishing, self.log))
+        self.servers[store.name] = FakeSupervisor(store.name, before_publishing, self.log)
+        return self.servers[store.name]
 
     def tick(self, count: int = 1) -> None:
         for _ in range(count):
@@ -142,18 +153,109 @@ def test_the_new_server_takes_over_and_the_old_one_stays_for_those_who_use_it(st
     assert story.log[4:] == ["stop b"]
 
 
-def test_a_third_model_waits_until_the_first_ones_server_has_ended(story: Story) -> None:
+def third_model(story: Story) -> None:
+    """The training is scored by "a", "b" is served beside it for long, and "c" is announced."""
     reward_models.use(story.run, "a")
     reward_models.announce(story.run, "b", story.store("b"))
     story.tick(2)
+    story.servers["b"].idle_s = service.LINGER_S + 1
     reward_models.announce(story.run, "c", story.store("c"))
-    story.tick(5)
+
+
+def test_a_third_model_takes_the_place_of_the_second_that_no_training_has_come_to_use(story: Story) -> None:
+    third_model(story)
+    story.tick(int(service.SETTLE_S))
+    assert story.log == ["start a", "start b", "retire a"]  # a training may be about to change to "b"
+    story.tick(2)
+    assert story.log[3:5] == ["reinstate a", "stop b"]
+    story.tick(2)
+    assert story.log[5:] == ["start c", "retire a"]
+    assert story.service.identity == "c" and story.service.up
+    reward_models.use(story.run, "c")
+    story.servers["a"].idle_s = service.LINGER_S + 1
+    story.tick()
+    assert story.log[7:] == ["stop a"]
+
+
+def test_a_third_model_waits_while_the_second_is_asked_by_others(story: Story) -> None:
+    third_model(story)
+    story.servers["b"].idle_s = 0.0
+    story.tick(20)
     assert story.log == ["start a", "start b", "retire a"]
+    story.servers["b"].idle_s = service.LINGER_S + 1
+    story.tick(3)
+    assert story.log[3:] == ["reinstate a", "stop b", "start c", "retire a"]
+
+
+def test_a_third_model_waits_until_the_first_ones_server_has_ended_where_the_training_uses_the_second(
+    story: Story,
+) -> None:
+    third_model(story)
     reward_models.use(story.run, "b")
+    story.tick(20)
+    assert story.log == ["start a", "start b", "retire a"]
     story.servers["a"].idle_s = service.LINGER_S + 1
     story.tick(3)
     assert story.log[3:] == ["stop a", "start c", "retire b"]
     assert story.service.identity == "c"
+
+
+def test_a_third_model_that_cannot_be_served_leaves_the_training_with_the_first_and_the_second_to_come(
+    story: Story,
+) -> None:
+    third_model(story)
+    story.tick(int(service.SETTLE_S) + 2)
+    assert story.log[3:] == ["reinstate a", "stop b", "start c"]
+    story.servers["c"].fault = "out of memory"
+    story.tick(4)
+    assert story.log[6:] == ["stop c", "start b", "retire a"]
+
+
+def test_the_first_model_announced_again_is_served_again_though_the_second_has_its_place(story: Story) -> None:
+    third_model(story)
+    reward_models.announce(story.run, "a", story.store("a"))
+    story.tick(int(service.SETTLE_S) + 4)
+    assert story.log[3:] == ["reinstate a", "stop b"]
+    assert story.service.identity == "a"
+
+
+def test_a_second_model_that_still_loads_makes_room_for_a_third_at_once(story: Story) -> None:
+    reward_models.announce(story.run, "b", story.store("b"))
+    story.tick()
+    story.servers["b"].loads = False
+    story.tick(3)
+    reward_models.announce(story.run, "c", story.store("c"))
+    story.tick(3)
+    assert story.log == ["start a", "start b", "stop b", "start c", "retire a"]
+
+
+def test_a_training_that_was_killed_holds_no_server(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    reward_models.use(story.run, "a")
+    reward_models.announce(story.run, "b", story.store("b"), alone=True)
+    story.servers["a"].idle_s = service.LINGER_S + 1
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + reward_models.EXPIRES_S - 5)
+    story.tick(3)
+    assert story.log == ["start a"]
+    monkeypatch.setattr(time, "time", lambda: now + reward_models.EXPIRES_S + 5)
+    story.tick(3)
+    assert story.log == ["start a", "stop a", "start b"]
+
+
+def test_what_a_run_says_of_its_models_is_its_owners_whoever_comes_first(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        for name, say in {
+            "use": lambda run: reward_models.use(run, "a"),
+            "announce": lambda run: reward_models.announce(run, "b", tmp_path),
+        }.items():
+            run = RunDir(tmp_path / name)
+            say(run)
+            assert run.endpoint.parent.stat().st_mode & 0o777 == 0o700
+            files = [path for path in run.endpoint.parent.rglob("*") if path.is_file()]
+            assert [path.stat().st_mode & 0o777 for path in files] == [0o600]
+    finally:
+        os.umask(before)
 
 
 def test_a_model_that_cannot_be_served_is_refused_and_the_old_one_goes_on(story: Story) -> None:
@@ -303,10 +405,10 @@ def test_phases_change_over_whole_and_a_resume_goes_on_with_the_new_model(
         watched = Watched(monkeypatch)
         config = settings()
 
-        def swap(run: RunDir = run, config: Config = config, store: Path = store) -> None:
-            by_hand.announce(run, config, store, False, lambda text: None)
+        def change(run: RunDir = run, config: Config = config, store: Path = store) -> None:
+            swap.announce(run, config, store, False, lambda text: None)
 
-        watched.at_end_of[1] = swap
+        watched.at_end_of[1] = change
         if stopped:
             run.stop_flag.parent.mkdir(parents=True)
             watched.at_end_of[2] = run.stop_flag.touch
@@ -340,7 +442,7 @@ def test_a_training_killed_before_the_checkpoint_of_its_change_goes_on_with_the_
 ) -> None:
     run, store = two_models(tmp_path)
     watched = Watched(monkeypatch)
-    watched.at_end_of[1] = lambda: by_hand.announce(run, settings(), store, False, lambda text: None)
+    watched.at_end_of[1] = lambda: swap.announce(run, settings(), store, False, lambda text: None)
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt
@@ -359,30 +461,79 @@ def test_a_store_that_does_not_fit_the_run_is_refused(tmp_path: Path) -> None:
     config = settings()
     ours = reward_models.store_of(run)
     with pytest.raises(UserError, match=r"is the reward model that .* uses already"):
-        by_hand.announce(run, config, ours, False, print)
+        swap.announce(run, config, ours, False, print)
     longer = settings().model_copy(update={"serving": config.serving.model_copy(update={"max_length": 500})})
     with pytest.raises(UserError, match=r"scores at most 96 tokens, but the run's serving\.max_length is 500"):
-        by_hand.announce(run, longer, store, False, print)
+        swap.announce(run, longer, store, False, print)
     rounded = settings().model_copy(update={"serving": config.serving.model_copy(update={"dtype": "bfloat16"})})
     with pytest.raises(UserError, match=r"computes in float32, but the run's serving\.dtype is bfloat16"):
-        by_hand.announce(run, rounded, store, False, print)
+        swap.announce(run, rounded, store, False, print)
     (file,) = store.glob("*/1/reward_model/tokenizer.json")
     file.write_text(file.read_text().replace('"Ġ', '"Q', 1))
     with pytest.raises(UserError, match="has another tokenizer than the run's reward model"):
-        by_hand.announce(run, config, store, False, print)
+        swap.announce(run, config, store, False, print)
     assert reward_models.announced(run) is None
 
 
-def test_a_server_named_by_the_environment_is_never_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.training.ranks import Ranks
-    from pipeline.training.reward_source import RewardSource
-
-    run, store = two_models(tmp_path)
+def source_of(run: RunDir) -> RewardSource:
     atomic.write_text(run.config, dump(settings()))
-    source = RewardSource(run, settings(), tmp_path / LEDGER, Ranks(0, 1, torch.device("cpu")))
-    scorer = source.connect()
-    by_hand.announce(run, settings(), store, False, print)
-    assert source.announced(scorer) == reward_models.expected(run)
-    monkeypatch.setenv("TRITON_HOST", "127.0.0.1:9/reward-model")
-    assert source.announced(scorer) is None
-    scorer.close()
+    return RewardSource(run, settings(), run.root / LEDGER, Ranks(0, 1, torch.device("cpu")))
+
+
+def test_a_server_named_by_the_environment_is_never_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, store = two_models(tmp_path)
+    with contextlib.closing(source_of(run)) as source:
+        scorer = source.connect()
+        a = scorer.identity
+        swap.announce(run, settings(), store, False, print)
+        monkeypatch.setenv("TRITON_HOST", "127.0.0.1:9/reward-model")
+        assert source.announced(scorer) is None and reward_models.in_use(run) == a
+        monkeypatch.delenv("TRITON_HOST")
+        # Who decides for a model says so at once: its server must not make room for a third one.
+        assert source.announced(scorer) == reward_models.expected(run) == reward_models.in_use(run) != a
+
+
+def test_a_training_says_again_and_again_which_model_it_uses_until_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reward_models, "RENEW_S", 0.01)
+    run, _ = two_models(tmp_path)
+    with contextlib.closing(source_of(run)) as source:
+        identity = source.connect().identity
+        for _ in range(2):
+            reward_models.release(run)
+            deadline = time.monotonic() + 60
+            while reward_models.in_use(run) != identity:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+    time.sleep(0.05)
+    assert reward_models.in_use(run) is None
+
+
+def test_a_training_that_fails_before_it_begins_leaves_no_word_of_its_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_process_state: None
+) -> None:
+    run, _ = two_models(tmp_path)
+    said: list[str | None] = []
+
+    def fail(*_: object, **__: object) -> None:
+        said.append(reward_models.in_use(run))
+        raise UserError("no data")
+
+    monkeypatch.setattr(ppo, "load_data", fail)
+    with pytest.raises(UserError, match="no data"):
+        train(run, "first")
+    assert said == [reward_models.expected(run)] and reward_models.in_use(run) is None
+
+
+def test_an_announced_store_that_every_user_may_change_is_not_read_in_process_either(tmp_path: Path) -> None:
+    run, store = two_models(tmp_path)
+    swap.announce(run, settings(), store, False, print)
+    store.chmod(0o777)
+    with pytest.raises(UserError, match="every user may write to it"):
+        source_of(run).connect()
+    with pytest.raises(UserError, match="every user may write to it"), open_texts(None, store, {}):
+        pass
+    with pytest.raises(UserError, match="every user may write to it"):
+        serve.main(["--run", str(tmp_path), "--swap", str(store)])
+    store.chmod(0o700)

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,9 +25,9 @@ from helpers_serving import converted_run, save_reward_model, serving_config
 from pipeline import procs, score, serve
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
-from pipeline.run import endpoint, reward_models, service_metrics
+from pipeline.run import endpoint, owner, reward_models, service_metrics
 from pipeline.run.directory import RunDir
-from pipeline.serving import by_hand, service, supervisor, wire
+from pipeline.serving import by_hand, service, supervisor, swap, wire
 from pipeline.serving.client import TritonScorer, connect_scorer
 from pipeline.serving.convert import convert
 from pipeline.serving.engines import Engine
@@ -120,6 +121,10 @@ def test_by_hand_it_serves_until_it_is_told_to_stop_and_answers_what_it_was_aske
     model.write_text(model.read_text() + SLOW)
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     log = (tmp_path / "log").open("wb")
+    here = procs.this_process()
+    killed = owner.mark(replace(here, start=here.start + 1))  # its pid is another process's now
+    for left in ("hh-serve-", "hh-triton-"):
+        (folder / f"{left}{killed}").mkdir()
     served = subprocess.Popen(
         [sys.executable, "-m", "pipeline.serve", str(store), "--engine", "venv"],
         cwd=ROOT,
@@ -140,15 +145,21 @@ def test_by_hand_it_serves_until_it_is_told_to_stop_and_answers_what_it_was_aske
     assert served.wait(60) == 0, (tmp_path / "log").read_text()
     scorer.close()
     assert rewards == pytest.approx(local_rewards(store, config)[:3], abs=1e-5)
-    assert not list(folder.iterdir())  # neither its socket nor its files
+    assert not list(folder.iterdir())  # neither its socket nor its files, nor what others left
+    assert (tmp_path / "log").read_text().count("has known holes") == 1
     assert not list(Path("/dev/shm").glob(f"triton_hh_*_{served.pid}_*"))
     assert not Path(address.url.removeprefix("unix:")).parent.exists()
     folder.rmdir()
 
 
 def test_by_hand_what_cannot_be_served_is_one_line(run: RunDir, tmp_path: Path, other_store: Path) -> None:
-    with pytest.raises(UserError, match="no such file; run the conversion again"):
-        serve.main([str(tmp_path)])
+    for arguments in ([str(tmp_path)], ["--run", str(run.root), "--swap", str(tmp_path)]):
+        with pytest.raises(UserError, match=rf"^{tmp_path}: not a model store.* give the folder that convert wrote"):
+            serve.main(arguments)
+    with pytest.raises(UserError, match=r"^--port: 99999999 is no port; give one from 1 to 65535"):
+        serve.main([str(other_store), "--port", "99999999"])
+    with pytest.raises(UserError, match=r"^--devices: "):
+        serve.main([str(other_store), "--devices", "a,b"])
     with pytest.raises(UserError, match=r"not the reward model of .*; announce it with --swap"):
         serve.main([str(other_store), "--run", str(run.root)])
     with pytest.raises(UserError, match=r"serving\.nonsense: unknown key"):
@@ -172,6 +183,7 @@ def test_by_hand_a_store_that_does_not_load_is_one_line_and_its_log_is_kept(
         serve.main([str(store), "--engine", "venv"])
     kept = Path(str(error.value).rpartition("(log: ")[2].rstrip(")"))
     assert "the weights are gone" in kept.read_text()
+    assert kept.stat().st_mode & 0o777 == 0o600
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["store", kept.name])
 
 
@@ -182,6 +194,7 @@ def server(engine: Engine, run: RunDir, config: Config, tmp_path_factory: pytest
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(supervisor, "CANARY_S", 0.5)
         patch.setattr(service, "LINGER_S", 2.0)
+        patch.setattr(service, "SETTLE_S", 0.5)
         with supervise(run, config, engine, [], log, "job", wait=False) as server:
             tick_until(server)
             yield server
@@ -193,6 +206,7 @@ def test_a_stuck_server_is_started_again_and_no_reward_is_lost(server: Service, 
     """Stopped by a signal, it neither answers nor ends."""
     published = endpoint.read(run)
     assert published is not None
+    before = server.restarts
     scorer = connect_scorer(run, config, {})
     for pid in procs.session_pids(published.pid):
         os.kill(pid, signal.SIGSTOP)
@@ -200,14 +214,15 @@ def test_a_stuck_server_is_started_again_and_no_reward_is_lost(server: Service, 
     tick_until(server, asking.once)
     asking.stop()
     scorer.close()
-    assert asking.failure is None and server.restarts == 1
+    assert asking.failure is None and server.restarts > before
     assert asking.rewards == local_rewards(run.artifact("convert", "model_store"), config)
     again = endpoint.read(run)
-    assert again is not None and again.restarts == 1 and again.pid != published.pid
+    assert again is not None and again.restarts > published.restarts and again.pid != published.pid
 
     def recorded() -> bool:
-        row = service_metrics.last(run)
-        return row is not None and row["sequences"] >= len(SEQUENCES) and row["failed"] == 0
+        file = service_metrics.path(run)
+        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return sum(row["sequences"] for row in rows) >= len(SEQUENCES)
 
     tick_while(server, lambda: not recorded())
 
@@ -249,7 +264,7 @@ def test_another_model_is_served_beside_the_first_without_an_error_for_anyone(
     first, identity = server.triton_host, server.identity
     reward_models.use(run, identity)
     asking = Asking(scorer)
-    announcing = threading.Thread(target=by_hand.announce, args=(run, config, other_store, False, print))
+    announcing = threading.Thread(target=swap.announce, args=(run, config, other_store, False, print))
     announcing.start()
     tick_while(server, announcing.is_alive)  # the command returns when the new one is served
     asking.once.clear()
@@ -270,6 +285,32 @@ def test_another_model_is_served_beside_the_first_without_an_error_for_anyone(
     assert [one.digest for one in endpoint.read_all(run)] == [server.identity]
     # The run remembers: the next server serves the announced model at once.
     assert reward_models.store_of(run) == other_store.resolve()
+
+
+def test_a_model_that_no_training_came_to_use_gives_its_place_back_without_an_error_for_anyone(
+    server: Service, run: RunDir, config: Config, other_store: Path
+) -> None:
+    """What a third model waits for; here the third is the first again."""
+    first, identity = server.triton_host, server.identity
+    assert identity == read_manifest(other_store).identity
+    reward_models.use(run, identity)
+    scorer = connect_scorer(run, config, {})
+    asking = Asking(scorer)
+    store = run.artifact("convert", "model_store")
+    announcing = threading.Thread(target=swap.announce, args=(run, config, store, False, print))
+    announcing.start()
+    tick_while(server, announcing.is_alive)
+    second = Path(wire.parse_address(server.triton_host).url.removeprefix("unix:")).parent
+    assert server.identity == read_manifest(store).identity != identity
+    reward_models.announce(run, identity, other_store.resolve())
+    tick_while(server, second.exists)
+    assert (server.triton_host, server.identity) == (first, identity)
+    assert [(one.digest, one.retiring) for one in endpoint.read_all(run)] == [(identity, False)]
+    asking.once.clear()
+    tick_until(server, asking.once)
+    asking.stop()
+    scorer.close()
+    assert asking.failure is None and asking.rewards == local_rewards(other_store, config)
 
 
 class Asking:

@@ -18,31 +18,21 @@ from helpers_serving import serving_config
 from tritonclient.utils import InferenceServerException
 
 from pipeline import procs, status
+from pipeline.config.serving import Serving
 from pipeline.errors import UserError
-from pipeline.run import endpoint, service_metrics
+from pipeline.run import endpoint, owner, service_metrics
 from pipeline.run.directory import RunDir
 from pipeline.serving import supervisor, wire
 from pipeline.serving.model_store import KnownAnswer, Manifest
-from pipeline.serving.server import free_port, make_spec, region_prefix, sweep_shared_memory
+from pipeline.serving.server import TritonServer, free_port, make_spec
+from pipeline.serving.shared_memory import region_prefix, sweep
 from pipeline.serving.supervisor import Supervisor
 from pipeline.serving.usage import Meter, Traffic, Usage, traffic_row
 
 MANIFEST = Manifest(
-    "id",
-    "rm",
-    "/rm",
-    "w",
-    "t",
-    "float32",
-    64,
-    1024,
-    16,
-    1,
-    {},
-    {"max_difference": 0.0},
-    [KnownAnswer([1, 2], 0.5)],
-    1e-3,
-)
+    "id", "rm", "/rm", "w", "t", "float32", 64, 1024, 16, 1, {}, {"max_difference": 0.0},
+    [KnownAnswer([1, 2][:length], 0.5) for length in (1, 2, 2, 1, 2, 1, 2)], 1e-3,
+)  # fmt: skip
 
 
 class Clock:
@@ -70,7 +60,7 @@ class FakeServer:
 
     def start(self) -> None:
         self.log.append("start")
-        self.fate = None
+        self.fate, self.usage = None, Usage()
 
     def stop(self, grace_s: float | None = None) -> None:
         self.log.append("stop")
@@ -86,9 +76,19 @@ class FakeServer:
             raise UserError(f"tritonserver {self.fate}")
         return self.loads
 
-    def check(self, manifest: Manifest, timeout_s: float) -> float:
+    def check(self, manifest: Manifest, serving: Serving) -> float:
         self.log.append("check")
-        return 0.0
+        return TritonServer.check(self, manifest, serving)  # type: ignore[arg-type]
+
+    def infer(self, _model: str, inputs: list[Any], client_timeout: float) -> Any:
+        (rows, _) = inputs[0].shape()
+        self.was_asked(requests=1, sequences=rows, executions=1)
+        rewards = np.full((rows, 1), 0.5, np.float32)
+        return SimpleNamespace(as_numpy=lambda name: rewards if name == "rewards" else None)
+
+    def was_asked(self, **more: float) -> None:
+        """Count more of what it did."""
+        self.usage = replace(self.usage, **{name: getattr(self.usage, name) + count for name, count in more.items()})
 
     def last_error(self) -> str:
         return "out of memory"
@@ -115,21 +115,27 @@ class FakeServer:
         self, _model: str, _inputs: Any, callback: Callable[[Any, Any], None], client_timeout: float
     ) -> None:
         self.canary = callback
+        self.was_asked(requests=1, sequences=1, executions=1)
 
 
 class Story:
     """A supervisor with its fake server, clock and run directory."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, max_batch_size: int = 16) -> None:
         self.run, self.server, self.clock = RunDir(root), FakeServer(), Clock()
+        self.places_taken = 0
         self.supervisor = Supervisor(
             self.run,
-            self.server,
+            self.server,  # type: ignore[arg-type]
             MANIFEST,
-            serving_config().serving,
+            serving_config(max_batch_size=max_batch_size).serving,
             "job7",
-            self.clock,  # type: ignore[arg-type]
+            self.clock,
+            before_publishing=self._take_place,
         )
+
+    def _take_place(self) -> None:
+        self.places_taken += 1
 
     def tick(self, after_s: float = 1.0) -> None:
         self.clock.now += after_s
@@ -219,8 +225,8 @@ def test_a_server_that_only_looks_alive_is_restarted(story: Story) -> None:
 
 @pytest.mark.parametrize(("reward", "healthy"), [(0.5004, True), (0.6, False)])
 def test_a_wrong_answer_is_a_fault(reward: float, healthy: bool, story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "read_rewards", lambda result, count: [result])
     story.supervisor.start()
+    monkeypatch.setattr(wire, "read_rewards", lambda result, count: [result])
     story.tick(supervisor.CANARY_S)
     assert story.server.canary is not None
     story.server.canary(reward, None)
@@ -245,14 +251,38 @@ def healthy_canary(story: Story) -> None:
     story.tick()
 
 
-def test_what_the_server_did_is_recorded_when_others_asked_it(story: Story) -> None:
+@pytest.mark.parametrize(("max_batch_size", "requests"), [(16, 1), (3, 3), (1, 7)])
+def test_a_server_that_only_its_supervisor_asks_counts_as_unused(
+    tmp_path: Path, max_batch_size: int, requests: int
+) -> None:
+    story = Story(tmp_path, max_batch_size)
     story.supervisor.start()
-    story.server.usage = Usage(requests=2, sequences=3, executions=2)  # the check, and the question that follows
+    assert (story.server.usage.requests, story.server.usage.sequences) == (requests, 7)
+    for turn in range(1, 4):
+        healthy_canary(story)
+        assert story.server.usage.requests == requests + turn
+    assert service_metrics.last(story.run) is None
+    assert story.supervisor.idle_s == story.clock.now == 3 * (supervisor.CANARY_S + 1)
+    story.server.was_asked(requests=1, sequences=1, executions=1)
+    healthy_canary(story)
+    assert service_metrics.last(story.run) is not None and story.supervisor.idle_s == 0.0
+
+
+def test_an_own_question_that_is_counted_late_is_nobody_elses(story: Story) -> None:
+    story.supervisor.start()
+    checked, story.server.usage = story.server.usage, Usage()
+    healthy_canary(story)
+    story.server.was_asked(requests=checked.requests, sequences=checked.sequences)
     healthy_canary(story)
     assert service_metrics.last(story.run) is None
-    assert service_metrics.describe(story.run) == ""
-    story.server.usage = Usage(requests=43, failed=1, sequences=123, executions=22, queue_s=0.41, compute_s=0.82)
+
+
+def test_what_the_server_did_is_recorded_when_others_asked_it(story: Story) -> None:
+    story.supervisor.start()
     healthy_canary(story)
+    assert service_metrics.describe(story.run) == ""
+    story.server.was_asked(requests=40, failed=1, sequences=119, executions=19, queue_s=0.41, compute_s=0.82)
+    healthy_canary(story)  # counts one more
     row = service_metrics.last(story.run)
     assert row is not None
     assert (row["requests"], row["failed"], row["sequences"], row["executions"]) == (41, 1, 120, 20)
@@ -260,7 +290,7 @@ def test_what_the_server_did_is_recorded_when_others_asked_it(story: Story) -> N
     assert (row["seconds"], row["reward_model"], row["server"]) == (supervisor.CANARY_S + 1, "id", 0)
     assert service_metrics.describe(story.run) == "rewards: 2.6 requests/s, 6.0 sequences an execution, queue 10.0 ms"
 
-    story.server.usage = replace(story.server.usage, requests=53, sequences=133, executions=32)
+    story.server.was_asked(requests=10, sequences=10, executions=10)
     story.supervisor.stop()  # counts what came since, too
     row = service_metrics.last(story.run)
     assert row is not None and row["requests"] == 10
@@ -271,8 +301,8 @@ def test_the_status_shows_what_a_published_server_does(story: Story, capsys: pyt
     trained = {"step": 4, "reward_server/wire_padding": 0.034, "reward_server/tokens_per_second": 5120.4}
     story.run.metrics.write_text(json.dumps(trained) + '\n{"step": 4}\n{"cut sho')
     story.supervisor.start()
-    story.server.usage = Usage(requests=34, sequences=64, executions=16, queue_s=0.034)
-    healthy_canary(story)
+    story.server.was_asked(requests=32, sequences=56, executions=14, queue_s=0.034)
+    healthy_canary(story)  # with the check and this question: 34 requests, 64 sequences, 16 executions
     assert status.main([str(story.run.root)]) == 0
     line = "rewards: 2.1 requests/s, 4.0 sequences an execution, queue 1.0 ms, 5120 tokens/s"
     assert line in capsys.readouterr().out.splitlines()
@@ -283,14 +313,14 @@ def test_the_status_shows_what_a_published_server_does(story: Story, capsys: pyt
 
 def test_a_restarted_server_counts_from_nothing_again(story: Story) -> None:
     story.supervisor.start()
-    story.server.usage = Usage(requests=1000, sequences=1000, executions=1000)
+    story.server.was_asked(requests=1000, sequences=1000, executions=1000)
     healthy_canary(story)
     story.server.fate = "was killed by signal 9"
     story.tick()
     story.tick(0.6)
     story.tick()
-    story.server.usage = Usage(requests=7, sequences=14, executions=7)
-    healthy_canary(story)
+    story.server.was_asked(requests=5, sequences=6, executions=5)
+    healthy_canary(story)  # with the check and this question
     row = service_metrics.last(story.run)
     assert row is not None and (row["requests"], row["sequences"]) == (7, 14)
 
@@ -319,6 +349,36 @@ def test_the_heartbeat_goes_on_while_the_server_is_down(story: Story, monkeypatc
     assert story.published.heartbeat == 5e9
 
 
+def test_a_server_that_makes_room_is_published_apart_and_alive_and_may_take_its_place_back(
+    story: Story, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story.supervisor.start()
+    mine = story.published
+    assert mine is not None
+    monkeypatch.setattr(time, "time", lambda: 5e9)
+    story.supervisor.retire()
+    assert endpoint.read(story.run, retiring=True) == replace(mine, retiring=True, heartbeat=5e9)
+    other = replace(mine, digest="other", pid=7, triton_host="unix:/other")
+    endpoint.publish(story.run, other)
+    monkeypatch.setattr(time, "time", lambda: 6e9)
+    story.supervisor.reinstate()
+    assert endpoint.read_all(story.run) == [replace(mine, heartbeat=6e9)]
+    assert endpoint.env_file(story.run).read_text() == "export TRITON_HOST=127.0.0.1:1/rm\n"
+    assert endpoint.replaced(story.run, other)  # whose end leaves this one's endpoint alone
+    story.supervisor.stop()
+    assert endpoint.read_all(story.run) == []
+
+
+def test_a_restarted_server_takes_nobodys_place_a_second_time(story: Story) -> None:
+    story.supervisor.start()
+    assert story.places_taken == 1
+    story.server.fate = "was killed by signal 9"
+    story.tick()
+    story.tick(0.6)
+    story.tick()
+    assert story.supervisor.up and story.supervisor.restarts == 1 and story.places_taken == 1
+
+
 def test_a_taken_port_is_noticed_before_anything_starts() -> None:
     import socket
 
@@ -342,7 +402,34 @@ def test_the_socket_is_in_a_folder_that_only_we_can_enter(tmp_path: Path, monkey
     assert folder.stat().st_mode & 0o777 == 0o700
     assert len(f"{folder}/rm.sock:8001") < 108
     assert list(Path(tempfile.gettempdir()).iterdir()) == []
+    assert not owner.is_orphaned(folder.name)
     folder.rmdir()
+
+
+def test_the_socket_folder_of_a_supervisor_that_was_killed_goes_with_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    here = procs.this_process()
+    killed = tmp_path / f"hh-triton-{owner.mark(replace(here, start=here.start + 1))}x"  # its pid is another's now
+    killed.mkdir()
+    (killed / "rm.sock:8001").touch()
+    spec = make_spec(serving_config(bind="unix").serving, tmp_path, [])
+    assert spec.socket_folder is not None
+
+    class Refusing:
+        """Comes to no start."""
+
+        def sweep(self) -> None:
+            raise UserError("no further")
+
+    server = TritonServer(Refusing(), spec, "rm", tmp_path / "log", {})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="no further"):
+        server.start()
+    assert not killed.exists() and spec.socket_folder.exists()
+    server.remove_socket_folder()
 
 
 def test_only_own_regions_and_those_of_dead_supervisors_are_swept(tmp_path: Path) -> None:
@@ -357,7 +444,7 @@ def test_only_own_regions_and_those_of_dead_supervisors_are_swept(tmp_path: Path
     for name in (*kept, f"{own}1", f"{reused}1", f"{gone}1"):
         (tmp_path / name).write_bytes(b"x" * 4096)
     with (tmp_path / f"{own}mapped").open("r+b") as file, mmap.mmap(file.fileno(), 4096):
-        assert sweep_shared_memory(own, tmp_path) == sorted([f"{own}1", f"{reused}1", f"{gone}1"])
+        assert sweep(own, tmp_path) == sorted([f"{own}1", f"{reused}1", f"{gone}1"])
     assert sorted(os.listdir(tmp_path)) == sorted(kept)
 
 

@@ -2,7 +2,7 @@
 
 services/reward-models/0001.json       an announced model store; the highest number counts
 services/reward-models/0001.fault      why it could not be served: it does not count
-services/in-use.json                   which model the training that runs is scored by
+services/in-use.json                   which model the training that runs is scored by; renewed while it runs
 
 The server starts an announced model beside the earlier one; a training changes over between two phases. Files are
 only ever added, so that servers, trainings and commands need no lock.
@@ -17,6 +17,11 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.run import atomic
 from pipeline.run.directory import RunDir
+
+RENEW_S = 30.0
+"""A training says so often which model it is scored by."""
+EXPIRES_S = 300.0
+"""One that has not said so for as long was killed, or lost with its node."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class RewardModel:
 
 def announce(run: RunDir, identity: str, store: Path, alone: bool = False) -> RewardModel:
     """Announce a store; the run's servers and its training take it up."""
+    atomic.private_folder(run.endpoint.parent)
     number = max((int(path.stem) for path in _files(run)), default=0)
     while True:
         number += 1
@@ -74,7 +80,7 @@ def store_of(run: RunDir, identity: str | None = None) -> Path:
 
 def fail(run: RunDir, model: RewardModel, reason: str) -> None:
     """Say that an announced model cannot be served; the one before it counts again."""
-    atomic.write_text(_fault_file(run, model), f"{reason}\n")
+    atomic.write_text(_fault_file(run, model), f"{reason}\n", mode=0o600)
 
 
 def fault(run: RunDir, model: RewardModel) -> str | None:
@@ -84,8 +90,9 @@ def fault(run: RunDir, model: RewardModel) -> str | None:
 
 
 def use(run: RunDir, identity: str | None) -> None:
-    """Say that the training is scored by a model from now on: its server is needed, and no other."""
-    atomic.write_json(_in_use(run), {"identity": identity, "time": time.time()})
+    """Say that the training is scored by a model: its server is needed, and no other. To be renewed."""
+    atomic.private_folder(run.endpoint.parent)
+    atomic.write_json(_in_use(run), {"identity": identity, "time": time.time()}, mode=0o600)
 
 
 def release(run: RunDir) -> None:
@@ -94,9 +101,9 @@ def release(run: RunDir) -> None:
 
 
 def in_use(run: RunDir) -> str | None:
-    """The identity of the model that the training is scored by; None without a training."""
+    """The identity of the model that the training is scored by; None without a training that lives."""
     said = atomic.read_json(_in_use(run))
-    return said["identity"] if said is not None else None
+    return said["identity"] if said is not None and time.time() - said["time"] < EXPIRES_S else None
 
 
 def _converted(run: RunDir) -> str:

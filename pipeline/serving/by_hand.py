@@ -1,4 +1,4 @@
-"""What `python -m pipeline.serve` does: a server until one is told to stop, or word of a new model to a run."""
+"""What `python -m pipeline.serve` does: a server until one is told to stop."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
+from pipeline import procs
 from pipeline.config.load import check, dump, merge, parse_override, read_config
 from pipeline.config.schema import Config
-from pipeline.data.tokens import end_id, load_tokenizer, same_vocabulary
 from pipeline.errors import UserError
-from pipeline.run import atomic, endpoint, reward_models
+from pipeline.run import atomic, endpoint, owner, reward_models
 from pipeline.run.directory import Artifact, Outputs, RunDir
-from pipeline.run.reward_models import RewardModel
+from pipeline.serving import access
 from pipeline.serving.client import Published
-from pipeline.serving.model_store import Manifest, model_folder, read_manifest, serving_of
+from pipeline.serving.model_store import MANIFEST, read_manifest, serving_of
 from pipeline.serving.sandbox import open_sandbox, prepare
 from pipeline.serving.service import Service, supervise
-from pipeline.serving.texts import present_model
 
 Say = Callable[[str], None]
+
+_FOLDER = "hh-serve-"
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,13 @@ class Stop:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+
+
+def check_store(store: Path) -> None:
+    """UserError when what somebody names is no model store, or one that every user may change."""
+    if not (store / MANIFEST).is_file():
+        raise UserError(f"{store}: not a model store, it has no {MANIFEST}; give the folder that convert wrote")
+    access.check(store)
 
 
 def configuration(run: RunDir | None, store: Path | None, engine: str | None, overrides: Sequence[str]) -> Config:
@@ -69,7 +77,8 @@ def serve(
     """
     if run is not None:
         _check_free(run, store)
-    with tempfile.TemporaryDirectory(prefix="hh-serve-") as folder:
+    owner.sweep_folders(Path(tempfile.gettempdir()), _FOLDER)  # of those that were killed
+    with tempfile.TemporaryDirectory(prefix=f"{_FOLDER}{owner.mark(procs.this_process())}") as folder:
         home = run if run is not None else _stand_in(Path(folder), store, config)
         log = home.stage("serve") / "tritonserver.log"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -94,30 +103,10 @@ def _kept_log(log: Path, temporary: bool) -> Iterator[None]:
     except UserError as error:
         if not temporary or not log.exists():
             raise
-        kept = Path(tempfile.gettempdir()) / f"{log.stem}-{os.getpid()}.log"
-        shutil.copyfile(log, kept)
-        raise UserError(str(error).replace(str(log), str(kept))) from error
-
-
-def announce(run: RunDir, config: Config, store: Path, alone: bool, say: Say) -> None:
-    """Tell the run's servers and training of a store to change to; returns when it is served.
-
-    UserError when the store does not fit the run, or cannot be served: the run then stays with its model.
-    """
-    manifest = read_manifest(store)
-    _check_fits(run, config, store, manifest)
-    published = Published(run, reward_models.expected(run))
-    model = reward_models.announce(run, manifest.identity, store.resolve(), alone)
-    name = f"reward model {manifest.identity[:12]}"
-    if not published.alive():
-        say(f"{name} is announced; no server runs: the next one serves it, and a training changes at its next phase")
-        return
-    say(f"{name} is announced; waiting for its server")
-    if alone and reward_models.in_use(run) is not None:
-        say("it starts when the training ends its phase")
-        return
-    _wait_for(run, model, config.serving.start_timeout_s)
-    say(f"{name} is served; a training changes at its next phase")
+        handle, kept = tempfile.mkstemp(prefix=f"{log.stem}-", suffix=".log")
+        with os.fdopen(handle, "wb") as copy, log.open("rb") as written:
+            shutil.copyfileobj(written, copy)
+        raise UserError(str(error).replace(str(log), kept)) from error
 
 
 def _stand_in(folder: Path, store: Path | None, config: Config) -> RunDir:
@@ -149,31 +138,3 @@ def _until(stop: Stop, service: Service, home: RunDir, say: Say) -> None:
             for line in endpoint.env_file(home).read_text("utf-8").splitlines():
                 say(line.removeprefix("export "))
         time.sleep(0.1)
-
-
-def _check_fits(run: RunDir, config: Config, store: Path, manifest: Manifest) -> None:
-    if manifest.identity == reward_models.expected(run):
-        raise UserError(f"{store}: this is the reward model that {run.root} uses already")
-    if manifest.max_length < config.serving.max_length:
-        raise UserError(
-            f"{store}: scores at most {manifest.max_length} tokens, but the run's serving.max_length is "
-            f"{config.serving.max_length}; convert it with that"
-        )
-    if manifest.dtype != config.serving.dtype:
-        raise UserError(
-            f"{store}: computes in {manifest.dtype}, but the run's serving.dtype is {config.serving.dtype}; "
-            "convert it with that"
-        )
-    ours, theirs = present_model(run, config), model_folder(store, manifest.model_name)
-    if not same_vocabulary(ours, theirs) or end_id(load_tokenizer(ours)) != end_id(load_tokenizer(theirs)):
-        raise UserError(f"{store}: has another tokenizer than the run's reward model; only a new run can use it")
-
-
-def _wait_for(run: RunDir, model: RewardModel, limit_s: float) -> None:
-    servers, deadline = Published(run, model.identity), time.monotonic() + limit_s + 30.0
-    while not servers.alive():
-        if (fault := reward_models.fault(run, model)) is not None:
-            raise UserError(f"{model.store}: cannot be served: {fault}; the run stays with its model")
-        if time.monotonic() > deadline:
-            raise UserError(f"{model.store}: is not served within {limit_s:.0f} s; see the log of stage serve")
-        time.sleep(0.2)

@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.run import reward_models
 from pipeline.run.directory import RunDir
 from pipeline.serving import wire
-from pipeline.serving.model_store import MANIFEST, KnownAnswer, allowed_difference, read_manifest
+from pipeline.serving.model_store import MANIFEST, KnownAnswer, Manifest, allowed_difference, read_manifest
 from pipeline.serving.scorer import cut
 
 PROBE_S = 10.0
@@ -72,7 +72,7 @@ def examine(
         )
     serving = within(serving, parameters)
     if reference.answers:
-        rewards = _ask(client, address, [answer.tokens for answer in reference.answers], serving)
+        rewards = ask(client, address, [answer.tokens for answer in reference.answers], serving)
         pairs = zip(rewards, reference.answers, strict=True)
         difference = max(abs(reward - answer.reward) for reward, answer in pairs)
         if difference > reference.tolerance:
@@ -82,7 +82,7 @@ def examine(
             )
         return replace(reference, identity=identity), serving
     probes = [probe[-serving.max_length :] for probe in _PROBES]
-    rewards = _ask(client, address, probes, serving)
+    rewards = ask(client, address, probes, serving)
     tolerance = allowed_difference(serving.parity_tolerance, parameters.get("dtype", "bfloat16"), rewards)
     answers = tuple(KnownAnswer(probe, reward) for probe, reward in zip(probes, rewards, strict=True))
     return Reference(identity, answers, tolerance), serving
@@ -100,9 +100,16 @@ def within(serving: Serving, parameters: Mapping[str, str]) -> Serving:
     return serving.model_copy(update=limits)
 
 
-def _ask(
+def within_store(serving: Serving, manifest: Manifest) -> Serving:
+    """The same, of the server of a model store."""
+    limits = {name: str(getattr(manifest, name)) for name in ("max_batch_tokens", "max_batch_size")}
+    return within(serving, {**limits, "backend": "pytorch" if manifest.flavour == "torchscript" else "python"})
+
+
+def ask(
     client: triton.InferenceServerClient, address: wire.Address, sequences: Sequence[list[int]], serving: Serving
 ) -> list[float]:
+    """The rewards that a server gives, in `requests_for` requests. Raises as `examine` does."""
     rewards = [0.0] * len(sequences)
     try:
         for some in cut([len(sequence) for sequence in sequences], serving):
@@ -113,6 +120,11 @@ def _ask(
     except UserError as error:
         raise UserError(f"{address}: a known question was answered wrongly: {error}") from error
     return rewards
+
+
+def requests_for(sequences: Sequence[Sequence[int]], serving: Serving) -> int:
+    """How many requests `ask` makes of them: how much a request may hold is the user's to set."""
+    return len(cut([len(sequence) for sequence in sequences], serving))
 
 
 def _short(identity: str | None) -> str:

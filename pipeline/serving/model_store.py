@@ -34,6 +34,7 @@ from pipeline.run import atomic, reward_models
 from pipeline.run.directory import RunDir
 from pipeline.run.hashing import fingerprint, sha256_file
 from pipeline.run.sources import reward_model_path
+from pipeline.serving import access
 
 MANIFEST = "manifest.json"
 VERSION = "1"
@@ -134,6 +135,7 @@ def reward_folder(run: RunDir, config: Config, identity: str | None = None) -> P
     """
     if identity is not None or run.outputs("convert") is not None:
         store = reward_models.store_of(run, identity)
+        access.check(store)
         return model_folder(store, read_manifest(store).model_name)
     folder = reward_model_path(run, config)
     if not (folder / "config.json").is_file():

@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         progress.update(next(steps, 3), text)
 
     values = prepare(config, out / "build.log", note, forced(), run.values("prefetch").get("sandbox"))
+    _warn_of_holes(values["tritonserver"])
     state = "built" if values["built"] else "found in the cache"
     logger.info("%s sandbox %s in %.1f s: %s", values["engine"], state, values["seconds"], values["path"])
     progress.update(4, state)
@@ -73,7 +74,6 @@ def prepare(
         values = _prepare_venv(config, log, note)
     else:
         values = _prepare_container(config, engine, log, note, fresh, fetched or {})
-    _warn_of_holes(values["tritonserver"])
     return {"engine": engine, **values, "seconds": round(time.monotonic() - started, 3)}
 
 

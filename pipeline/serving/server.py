@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import re
 import shutil
 import tempfile
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +20,7 @@ from pipeline import network, procs
 from pipeline.config.serving import Serving
 from pipeline.errors import UserError
 from pipeline.run import owner
-from pipeline.serving import access, wire
+from pipeline.serving import access, known, shared_memory, wire
 from pipeline.serving.engines import Engine, ServerSpec
 from pipeline.serving.model_store import Manifest
 
@@ -34,8 +32,8 @@ KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_THRESHOLD_
 the demo model's time)."""
 
 _SOCKET_PATH_LIMIT = 107  # bytes in sockaddr_un, less the final zero
-_SHARED_MEMORY = Path("/dev/shm")
-_REGION = re.compile(r"triton_hh_(?P<namespace>\d+)_(?P<pid>\d+)_(?P<start>\d+)_")
+_FOLDER = "hh-triton-"
+"""What the names of its folders begin with, before their owner's mark."""
 _PROBE_S = 2.0
 _PORTS = 5
 """Ports that are tried, where any will do and others take them while the server starts."""
@@ -51,7 +49,7 @@ def make_spec(
     `tls` is the folder of the certificates, without which no port is opened: other users reach it, on loopback too.
     Raises UserError when `serving.grpc_port` is taken: tritonserver itself would say so only after loading the model.
     """
-    prefix = region_prefix(procs.this_process(), store)
+    prefix = shared_memory.region_prefix(procs.this_process(), store)
     if serving.bind in ("loopback", "network"):
         assert tls is not None, "who can reach a port is asked for a certificate"
         address = "127.0.0.1" if serving.bind == "loopback" else network.node_address(interface)
@@ -75,11 +73,22 @@ def free_port(wanted: int = 0, address: str = "127.0.0.1") -> int:
 def _socket_folder() -> Path:
     """A new folder that only this user may enter, with room for a socket's name in the kernel's 107 bytes."""
     for base in (tempfile.gettempdir(), "/tmp"):
-        folder = Path(tempfile.mkdtemp(prefix="hh-triton-", dir=base))
+        folder = _new_folder(base)
         if len(os.fsencode(folder / f"rm.sock:{SOCKET_PORT:05d}")) <= _SOCKET_PATH_LIMIT:
             return folder
         folder.rmdir()
     raise UserError("serving.bind: no folder with a path short enough for a unix socket; set TMPDIR to a short path")
+
+
+def _new_folder(base: str) -> Path:
+    """A new 0700 folder that tells whose it is."""
+    return Path(tempfile.mkdtemp(prefix=f"{_FOLDER}{owner.mark(procs.this_process())}", dir=base))
+
+
+def _sweep_folders() -> None:
+    """Remove the folders of servers whose supervisor was killed."""
+    for base in {tempfile.gettempdir(), "/tmp"}:
+        owner.sweep_folders(Path(base), _FOLDER)
 
 
 class TritonServer:
@@ -117,7 +126,8 @@ class TritonServer:
             raise RuntimeError("the server was started already")
         access.check(self.spec.model_repository)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        sweep_shared_memory(self.spec.shm_prefix)  # of earlier servers whose whole job was killed
+        shared_memory.sweep(self.spec.shm_prefix)  # of earlier servers whose whole job was killed
+        _sweep_folders()
         self.engine.sweep()
         if self.spec.socket_folder is not None:
             self.spec.socket_folder.mkdir(mode=0o700, exist_ok=True)
@@ -157,7 +167,7 @@ class TritonServer:
             self.stop(grace_s=1.0)
             self.start()
             return False
-        close_regions(self.spec.shm_prefix)
+        shared_memory.close_regions(self.spec.shm_prefix)
         return wire.is_ready(self.client(), self.address.model, _PROBE_S)
 
     def wait_ready(self, deadline: float) -> None:
@@ -170,13 +180,11 @@ class TritonServer:
                 )
             time.sleep(0.1)
 
-    def check(self, manifest: Manifest, timeout_s: float) -> float:
+    def check(self, manifest: Manifest, serving: Serving) -> float:
         """Ask for the store's known answers; return the largest difference, UserError when it is too large."""
         answers = manifest.known_answers
         try:
-            # One at a time: how many a request may hold is the user's to set.
-            asked = (wire.infer(self.client(), self.address.model, [answer.tokens], timeout_s) for answer in answers)
-            rewards = [reward for (reward,) in asked]
+            rewards = known.ask(self.client(), self.address, [answer.tokens for answer in answers], serving)
         except InferenceServerException as error:
             raise UserError(f"{self.triton_host}: the known-answer check failed: {wire.error_line(error)}") from error
         difference = max(abs(reward - answer.reward) for reward, answer in zip(rewards, answers, strict=True))
@@ -203,7 +211,7 @@ class TritonServer:
             status = procs.end_tree(self._process, self.spec.drain_s + 5.0 if grace_s is None else grace_s)
             self._process = None
             self.engine.clean_up(self.spec)
-        sweep_shared_memory(self.spec.shm_prefix)
+        shared_memory.sweep(self.spec.shm_prefix)
         if self.spec.socket_folder is not None:
             self._socket().unlink(missing_ok=True)
         if self._link_folder is not None:
@@ -230,7 +238,7 @@ class TritonServer:
         """The spec with a store's path that a shell takes as one word: Triton starts its Python stub through one."""
         if re.fullmatch(r"[\w./+-]+", str(self.spec.model_repository)):
             return self.spec
-        self._link_folder = Path(tempfile.mkdtemp(prefix="hh-triton-", dir="/tmp"))
+        self._link_folder = _new_folder("/tmp")
         link = self._link_folder / "model_store"
         link.symlink_to(self.spec.model_repository)
         return replace(self.spec, model_repository=link)
@@ -264,54 +272,3 @@ def _is_error(line: str) -> bool:
     if "CudaDriverHelper" in line or "failed to load all models" in line:
         return False
     return " E " in line[:40] or line.lower().startswith("error")
-
-
-def region_prefix(supervisor: procs.ProcessId, store: Path) -> str:
-    """How the regions of a server with that supervisor and store are named: known after the death of both."""
-    name = f"{owner.pid_namespace()}_{supervisor.pid}_{supervisor.start}_{store_mark(store)}"
-    return f"triton_hh_{name}_{uuid.uuid4().hex[:8]}_"
-
-
-def store_mark(store: Path) -> str:
-    """What the regions' names say of a model store."""
-    return hashlib.sha256(str(store.resolve()).encode()).hexdigest()[:8]
-
-
-def close_regions(prefix: str, folder: Path = _SHARED_MEMORY) -> None:
-    """Keep other users from a server's regions: Triton makes them readable for all, whatever the umask.
-
-    They are made while a model loads; texts are in them once clients know of the server.
-    """
-    for path in folder.glob(f"{prefix}*"):
-        with contextlib.suppress(FileNotFoundError):
-            path.chmod(0o600)
-
-
-def sweep_shared_memory(prefix: str, folder: Path = _SHARED_MEMORY) -> list[str]:
-    """Remove the regions that our killed servers left in /dev/shm; returns their names.
-
-    Only this user's, and only what no process maps: those named by `prefix`, and those whose supervisor is dead. A
-    living supervisor's are left alone, since its server may have created but not yet mapped them; so are those of
-    another container, whose processes cannot be seen from here, and those of other people's Tritons.
-    """
-    doomed = {}
-    for path in folder.glob("triton_hh_*"):
-        with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_uid == os.getuid() and (path.name.startswith(prefix) or _orphaned(path.name)):
-                doomed[path.name] = path
-    if not doomed:
-        return []
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            text = maps.read_text("utf-8", "replace")
-            for name in [name for name in doomed if name in text]:
-                del doomed[name]
-    for path in doomed.values():
-        path.unlink(missing_ok=True)
-    return sorted(doomed)
-
-
-def _orphaned(name: str) -> bool:
-    """Whether a region bears the name of a supervisor of this container that has ended."""
-    match = _REGION.match(name)
-    return match is not None and owner.has_ended(match["namespace"], int(match["pid"]), int(match["start"]))

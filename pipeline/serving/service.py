@@ -22,6 +22,8 @@ from pipeline.serving.supervisor import Supervisor
 
 LINGER_S = 60.0
 """A server whose model no training uses any more ends when nobody has asked it for so long."""
+SETTLE_S = 5.0
+"""Nobody begins to use an announced model so long after another one was announced."""
 _LOOK_S = 1.0
 
 logger = logging.getLogger(__name__)
@@ -73,8 +75,9 @@ class Service:
     """One supervised server, followed by another when another reward model is announced.
 
     The new one starts beside the old one and takes its place once it has answered. The old one goes on, published
-    apart, until no training is scored by its model and nobody asks it any more. A model that was announced to be
-    served alone starts when the training has left the old one.
+    apart, until no training is scored by its model and nobody asks it any more. A third one waits for that, or takes
+    the place of the second where the training has not come to that. A model that was announced to be served alone
+    starts when the training has left the old one.
     """
 
     def __init__(self, run: RunDir, make: Make, clock: Callable[[], float] = time.monotonic) -> None:
@@ -85,6 +88,8 @@ class Service:
         self._next: tuple[RewardModel, Supervisor] | None = None
         self._retired: list[Supervisor] = []
         self._looked = float("-inf")
+        self._wanted: str | None = None
+        self._wanted_since = 0.0
 
     @property
     def triton_host(self) -> str:
@@ -134,27 +139,49 @@ class Service:
         """Take up a model that was announced."""
         model = reward_models.announced(self._run)
         wanted = reward_models.expected(self._run)
+        if wanted != self._wanted:
+            self._wanted, self._wanted_since = wanted, self._clock()
+        if self._next is not None and self._next[0].identity != wanted:
+            logger.info("reward model %s is not wanted any more", self._next[0].identity[:12])
+            self._next[1].stop()
+            self._next = None
         if self._next is not None or not self.up or wanted in (None, self.identity):
             return
         if self._retired:  # there is room for one beside the current one, published and in memory
+            self._make_room()
             return
-        if model is not None and model.alone:
-            if not self._in_use(self._current):
-                logger.info("reward model %s was announced: the server changes over", str(wanted)[:12])
-                self._current.stop()
-                self._current = self._make(reward_models.store_of(self._run), lambda: None)
-                self._current.start(wait=False)
+        alone = model is not None and model.alone
+        if alone and self._in_use(self._current):
             return
         logger.info("reward model %s was announced: its server starts", str(wanted)[:12])
         try:
-            server = self._make(reward_models.store_of(self._run), self._current.retire)
+            store = reward_models.store_of(self._run)
+            server = None if alone else self._make(store, self._current.retire)
         except UserError as error:
             self._refuse(model, error)
+            return
+        if server is None:
+            self._current.stop()  # before the other is made, which may be to have its port
+            self._current = self._make(store, lambda: None)
+            self._current.start(wait=False)
             return
         if model is None:  # an announcement was found faulty: back to what was converted
             model = RewardModel(server.identity, "", "")
         self._next = (model, server)
         server.start(wait=False)
+
+    def _make_room(self) -> None:
+        """Give the place of a server that nobody has come to use back to the one before it, which is still used.
+
+        A retired server that is not used ends by itself.
+        """
+        if self._clock() - self._wanted_since < SETTLE_S or not self._left(self._current):
+            return
+        logger.info("reward model %s makes room: it is not used", self.identity[:12])
+        earlier = self._retired.pop()
+        earlier.reinstate()
+        self._current.stop()
+        self._current = earlier
 
     def _tick_next(self, model: RewardModel, server: Supervisor) -> None:
         try:
@@ -175,10 +202,14 @@ class Service:
         except UserError as error:
             logger.warning("%s", error)  # its clients are told by its absence
         else:
-            if self._in_use(server) or server.idle_s < LINGER_S:
+            if not self._left(server):
                 return
         server.stop()
         self._retired.remove(server)
+
+    def _left(self, server: Supervisor) -> bool:
+        """Whether no training is scored by this server's model, and nobody else has asked it lately."""
+        return not self._in_use(server) and server.idle_s >= LINGER_S
 
     def _in_use(self, server: Supervisor) -> bool:
         """Whether a training is scored by this server's model; where there is none, whether anyone is."""

@@ -15,7 +15,7 @@ from pipeline.config.serving import Serving
 from pipeline.errors import UserError
 from pipeline.run import endpoint, service_metrics
 from pipeline.run.directory import RunDir
-from pipeline.serving import wire
+from pipeline.serving import known, wire
 from pipeline.serving.model_store import VERSION, Manifest
 from pipeline.serving.server import TritonServer
 from pipeline.serving.usage import Usage, read_usage
@@ -53,7 +53,7 @@ class Supervisor:
         self._run = run
         self._server = server
         self._manifest = manifest
-        self._serving = serving
+        self._serving = known.within_store(serving, manifest)
         self._job_id = job_id
         self._clock = clock
         self._phase: Literal["up", "waiting", "starting", "stopped"] = "stopped"
@@ -127,8 +127,16 @@ class Supervisor:
         """Make room for a server of another model: go on serving those who use this one, published apart."""
         self._retiring = True
         if self._endpoint is not None:
-            self._endpoint = replace(self._endpoint, retiring=True)
+            self._endpoint = replace(self._endpoint, retiring=True, heartbeat=time.time())
             endpoint.publish(self._run, self._endpoint)
+
+    def reinstate(self) -> None:
+        """Take back the place that `retire` gave away, from a server that goes; never unpublished meanwhile."""
+        self._retiring = False
+        if self._endpoint is not None:
+            self._endpoint = replace(self._endpoint, retiring=False, heartbeat=time.time())
+            endpoint.publish(self._run, self._endpoint)
+            endpoint.withdraw(self._run, self._index, retiring=True)
 
     def stop(self) -> None:
         """Withdraw the endpoint and drain the server: what it was asked is answered."""
@@ -148,7 +156,7 @@ class Supervisor:
         self._phase, self._until = "starting", self._started + self._serving.start_timeout_s
 
     def _publish(self) -> None:
-        self._server.check(self._manifest, self._serving.request_timeout_s)
+        self._server.check(self._manifest, self._serving)
         now = time.time()
         self._endpoint = endpoint.Endpoint(
             triton_host=self.triton_host,
@@ -166,11 +174,14 @@ class Supervisor:
             retiring=self._retiring,
         )
         self._before_publishing()
+        self._before_publishing = lambda: None  # a restart takes nobody's place
         endpoint.publish(self._run, self._endpoint)
         self._phase, self._since = "up", self._clock()
         self._canary, self._canary_at = None, self._since + CANARY_S
         self._usage, self._counted, self._last_used = Usage(), self._since, self._since
-        self._asked_by_us = 1
+        self._asked_by_us = known.requests_for(
+            [answer.tokens for answer in self._manifest.known_answers], self._serving
+        )
 
     def _watch(self, now: float) -> None:
         ended = self._server.ended()
@@ -197,7 +208,8 @@ class Supervisor:
             return
         now = self._clock()
         since, seconds, own = usage.since(self._usage), now - self._counted, self._asked_by_us
-        self._usage, self._counted, self._asked_by_us = usage, now, 0
+        self._usage, self._counted = usage, now
+        self._asked_by_us = max(0, own - since.requests - since.failed)  # a count may come after its answer
         if since.requests + since.failed > own:
             self._last_used = now
             row = {"time": round(time.time(), 3), "server": self._index, "reward_model": self.identity}

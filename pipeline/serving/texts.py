@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.run import reward_models
 from pipeline.run.directory import RunDir
 from pipeline.run.sources import reward_model_path
-from pipeline.serving import wire
+from pipeline.serving import access, wire
 from pipeline.serving.client import TRITON_HOST, TritonScorer, connect_scorer
 from pipeline.serving.known import store_reference
 from pipeline.serving.model_store import model_folder, read_manifest, serving_of
@@ -88,6 +88,7 @@ def open_texts(
     else:
         assert store is not None
         manifest = read_manifest(store)
+        access.check(store)
         folder = model_folder(store, manifest.model_name)
         config = check({"serving": serving_of(manifest)})
         named = environ.get(TRITON_HOST)

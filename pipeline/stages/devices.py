@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 
 from pipeline import procs
 from pipeline.config.cluster import Cluster
 from pipeline.errors import UserError
+
+_NAMES = re.compile(r"^(?:GPU (\d+):|\s+MIG ).*\(UUID: ([^)]+)\)", re.MULTILINE)
+"""Index and UUID of a GPU, and the UUID of a part of one, as `nvidia-smi -L` lists them."""
 
 
 def visible_devices(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
@@ -27,6 +31,23 @@ def visible_devices(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
         return ()
     status, text = procs.capture(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"])
     return tuple(text.split()) if status == 0 else ()
+
+
+def named_devices(listed: str, field: str) -> tuple[str, ...]:
+    """The GPUs that a person lists; an empty list is the CPU. UserError, naming `field`, for what is not here."""
+    names = tuple(name.strip() for name in listed.split(",")) if listed.strip() else ()
+    if not names:
+        return ()
+    if shutil.which("nvidia-smi") is None:
+        raise UserError(f"{field}: {listed}: this machine shows no GPU (there is no nvidia-smi); leave it out")
+    status, text = procs.capture(["nvidia-smi", "-L"])
+    here = _NAMES.findall(text) if status == 0 else []
+    known = [*(index for index, _ in here if index), *(uuid for _, uuid in here)]
+    for name in names:
+        # As CUDA has it, the beginning of a UUID will do.
+        if name not in known and not (name.startswith(("GPU-", "MIG-")) and any(one.startswith(name) for one in known)):
+            raise UserError(f"{field}: no GPU here is called {name!r}; there are: {', '.join(known) or 'none'}")
+    return names
 
 
 def granted_devices(

@@ -6,6 +6,7 @@ and without a result, when it was asked to stop; started again, it goes on from 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -42,7 +43,7 @@ from pipeline.training.scoring_text import ScoringText
 from pipeline.training.split import Split, frozen_reference, split_model
 from pipeline.training.stop import EX_TEMPFAIL, STOPPED, StopRequest
 from pipeline.training.stopping import StopSequences
-from pipeline.training.tracking import run_id, start_tracker, tracker_of
+from pipeline.training.tracking import end_tracking, run_id, start_tracker, tracker_of
 from pipeline.training.trainer import Data, Trainer, TrainState, steps_per_phase
 from pipeline.training.update import Updater, learning_rate
 
@@ -67,12 +68,9 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger().setLevel(logging.WARNING)
     progress = Progress(out, config.train.total_steps)
 
-    trainer, split = assemble(run, config, accelerator, ranks, progress, stop, name)
-    try:
+    with contextlib.closing(RewardSource(run, config, run.checkpoints / name / LEDGER, ranks)) as rewards:
+        trainer, split = assemble(run, config, accelerator, ranks, progress, stop, name, rewards)
         state, complete = trainer.train()
-    finally:
-        trainer.sampler.scorer.close()
-        trainer.rewards.release()
     if complete:
         save_policy(split, trainer.sampler.tokenizer, out / "policy", accelerator, ranks)
         if ranks.first:
@@ -82,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger(__name__).info("stopped at step %d; start again to go on", state.step)
         atomic.write_json(out / STOPPED, {"step": state.step, "phase": state.phase})
     ranks.barrier()
-    accelerator.end_training()
+    end_tracking(accelerator)
     return 0 if complete else EX_TEMPFAIL
 
 
@@ -100,6 +98,7 @@ def assemble(
     progress: Progress,
     stop: StopRequest,
     name: str,
+    rewards: RewardSource,
 ) -> tuple[Trainer, Split]:
     """Load models and data, connect the scorer, and put the trainer together, with checkpoints below `name`."""
     start = sources.policy_start_path(run, config)
@@ -119,7 +118,6 @@ def assemble(
         max_length=config.serving.max_length,
     )
     checkpoints = Checkpoints(run.checkpoints / name, ranks, config.train.keep_checkpoints)
-    rewards = RewardSource(run, config, checkpoints.folder / LEDGER, ranks)
     scorer = rewards.connect()
     sampler = Sampler(split, tokenizer, scoring, scorer, config.generate, config.prompt_length, accelerator.autocast)
     rescore = functools.partial(load_data, run, config, ranks=ranks, progress=progress)

@@ -32,6 +32,7 @@ from pipeline.run.work import Progress, parse_work, write_result
 from pipeline.training.models import check_positions, disable_dropout, load_reward_model, save_model
 from pipeline.training.report_once import run_rank
 from pipeline.training.supervised import Task, fit, pad_rows, start_process, sum_over
+from pipeline.training.tracking import end_tracking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -176,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
         }
         write_result(out, {"model": "model"}, values)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    end_tracking(accelerator)
 
 
 if __name__ == "__main__":

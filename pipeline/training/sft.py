@@ -32,6 +32,7 @@ from pipeline.run.work import Progress, parse_work, write_result
 from pipeline.training.models import check_positions, disable_dropout, load_causal_lm, save_model
 from pipeline.training.report_once import run_rank
 from pipeline.training.supervised import Task, fit, hidden_states, pad_rows, start_process, sum_over
+from pipeline.training.tracking import end_tracking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -138,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         }
         write_result(out, {"model": "model"}, values)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    end_tracking(accelerator)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,17 @@ def _start_wandb(
         raise UserError(f"train.tracker: Weights & Biases does not start ({reason}); {_REMEDY}") from error
 
 
+def end_tracking(accelerator: Accelerator) -> None:
+    """Finish the trackers; what Accelerator.end_training does, but for the end of the processes' group.
+
+    Once the group is destroyed, the model's wrapper holds the last of it, and frees it with Python's lock in hand while
+    the group's thread waits for that lock: now and then a finished rank hung for ever. Ranks leave by os._exit
+    (report_once.py), before anything is freed.
+    """
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
 def wandb_finds_a_key() -> bool:
     """Whether wandb finds credentials: in the environment, in a netrc file (`wandb login`), or in its settings.
 
