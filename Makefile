@@ -6,6 +6,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready$(if $(EXTRAS),-$(EXTRAS))
 COMMA := ,
 # Test files that run at the same time: many tests wait for other programs. Those of one file share what they started.
+# One thread a process then: more would wait for each other.
 WORKERS ?= 2
 
 .PHONY: setup demo test lint clean
@@ -31,7 +32,7 @@ lint: $(READY)
 	$(PY) -m mypy
 
 test: lint
-	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info
