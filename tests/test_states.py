@@ -139,6 +139,8 @@ def test_a_job_that_ended_before_its_work_began_is_explained_by_its_log(run, tmp
     atomic.write_text(run.root / "jobs" / "s1-sft" / "96_0_log.err", "Lmod has detected ...\nno module cuda/99\n\n")
     state = resolve(run, submission, "sft")
     assert (state.state, state.reason) == ("failed", "its job 96 ended before its work began: no module cuda/99")
+    atomic.write_text(run.root / "jobs" / "s1-sft" / "96_0_log.err", "srun: error: n1: task 0: Killed\n")
+    assert resolve(run, submission, "sft").reason == "died (job 96): it was killed or lost its node"
 
 
 def test_a_job_killed_after_it_had_written_its_outputs_is_done(run, tmp_path, monkeypatch) -> None:

@@ -92,10 +92,15 @@ def _end(run: RunDir, submission: Submission, job: Job, began: bool) -> tuple[st
 
 
 def _last_line(log: Path) -> str:
-    """What a job's log ends with: of a module that does not load, or a command that is not there."""
+    """What a job's log ends with: of a module that does not load, or a command that is not there.
+
+    Nothing once srun has spoken: the task had begun then, and something ended it.
+    """
     if not log.exists():
         return ""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 4096))
         lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines()]
+    if any(line.startswith(("srun: ", "slurmstepd: ")) for line in lines):
+        return ""
     return next((line for line in reversed(lines) if line and not line.startswith(LOG_MARK)), "")

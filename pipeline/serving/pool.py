@@ -228,8 +228,8 @@ class ServerPool:
             if link is not None and (self._closed or server not in self._servers):
                 link.client.close()
             elif link is not None:
-                if server.lost:
-                    logger.info("%s: the reward server answers again", server.place.address)
+                again = "answers again" if server.lost else "gives the known answers"
+                logger.info("%s: the reward server %s", server.place.address, again)
                 server.link, server.lost, server.refusal = link, False, None
             else:
                 self._failed(server, fault, refusal)

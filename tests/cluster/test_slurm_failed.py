@@ -94,15 +94,16 @@ def test_a_training_goes_on_with_the_server_that_is_left_and_ends_when_their_job
     settings = (*CHAIN_SETTINGS, "serving.retry_timeout_s=5")  # it does not wait for the one that is gone
     assert submit(run, *arguments, overrides=settings).status == 0
     wait_for(lambda: len(endpoint.read_all(RunDir(run))) == 2, "both servers")
-    wait_for(lambda: last_checkpoint(run), "the first checkpoint")
+    log = run / "stages" / "train" / "attempts" / "0001" / "stdout.log"
+    said = "gives the known answers"
+    wait_for(lambda: log.exists() and log.read_text().count(said) >= 2, "the first rank to use both")
     servers = {environment_of(pid)["SLURM_PROCID"]: pid for pid in tasks(run, "serve")}
     assert len({environment_of(pid)["SLURMD_NODENAME"] for pid in servers.values()}) == 2
-    os.kill(servers["1"], signal.SIGKILL)  # the second rank has asked this one so far
+    os.kill(servers["1"], signal.SIGKILL)  # which both ranks ask in turn with the other
     wait_for(lambda: len(pids_running(run, "tritonserver --")) == 1, "its server to end with it")
     reached = last_checkpoint(run)
     wait_for(lambda: last_checkpoint(run) >= reached + 12, "the training to go on")
-    log = (run / "stages" / "train" / "attempts" / "0001" / "stdout.log").read_text()
-    assert "no reward server answers" in log  # and another one did
+    assert "no reward server answers" in log.read_text()  # and another one did
     assert [states(run)[stage][0] for stage in ("serve", "train")] == ["running"] * 2
 
     slurm.command("scancel", "--name=hh-serve")
