@@ -48,6 +48,16 @@ def test_a_killed_starter_takes_the_engine_and_its_container_along(tmp_path: Pat
     wait_for(lambda: not any(map(alive, pids)), "engine and container to end", 10)
 
 
+def test_a_guard_that_is_killed_itself_is_no_way_out(tmp_path: Path) -> None:
+    guard = procs.spawn(guarded([sys.executable, "-c", FORGETFUL, str(tmp_path)]))
+    for name in ("outer", "inner"):
+        wait_for(lambda name=name: (tmp_path / name).exists() and (tmp_path / name).read_text(), name, 30)  # type: ignore[misc]
+    pids = [int((tmp_path / name).read_text()) for name in ("outer", "inner")]
+    os.kill(guard.pid, signal.SIGKILL)
+    guard.wait()
+    wait_for(lambda: not any(map(alive, pids)), "engine and container to end", 10)
+
+
 def test_the_engines_exit_status_and_signal_are_the_guards() -> None:
     for script, status in (("import sys; sys.exit(3)", 3), ("import os; os.kill(os.getpid(), 9)", -9)):
         assert procs.spawn(guarded([sys.executable, "-c", script])).wait() == status
