@@ -266,8 +266,10 @@ def print_table(where: str, shape: str, figures: Figures) -> None:
         ("padding, share of tokens", [figures.padding], "<= 0.05"),
         ("added latency of a request, ms", figures.added_ms, "<= 3"),
         ("server ready, s", figures.ready_s, "< 5 (demo)"),
-        ("of matmul peak (GPU, bfloat16)", [flops / one["served"] / figures.peak for one in figures.rounds], "0.5"),
     ]
+    if torch.cuda.is_available():
+        served = [flops / one["served"] / figures.peak for one in figures.rounds]
+        rows.append(("of matmul peak (GPU, bfloat16)", served, "0.5"))
     print(f"\n{'figure':<34}{'median':>9}{'min':>9}{'max':>9}   aim")
     for name, values, aim in rows:
         print(f"{name:<34}{statistics.median(values):>9.3f}{min(values):>9.3f}{max(values):>9.3f}   {aim}")
