@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState, GradientState
 from helpers_ppo import finish_stage, make_run, tiny_config, tiny_model
+from helpers_process import fresh_accelerate, own_process_state  # noqa: F401
 
 from pipeline.config.load import dump
 from pipeline.config.schema import Config
@@ -22,24 +19,7 @@ from pipeline.run.directory import Artifact, Outputs, RunDir
 from pipeline.training import ppo, reward_model, sft
 from pipeline.training.metrics import Row, append_row, read_rows
 
-
-@pytest.fixture(autouse=True)
-def own_process_state() -> Iterator[None]:
-    """The commands set up their process: signals, repeatable kernels, accelerate's singletons."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    handlers = [signal.getsignal(number) for number in numbers]
-    fresh_accelerate()
-    yield
-    for number, handler in zip(numbers, handlers, strict=True):
-        signal.signal(number, handler)
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    fresh_accelerate()
-
-
-def fresh_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("own_process_state")
 
 
 def short(**more: Any) -> Config:

@@ -34,20 +34,12 @@ from pipeline.serving.engines import Engine
 from pipeline.serving.known import Reference
 from pipeline.serving.model_store import model_folder, read_manifest, serving_of
 from pipeline.serving.pool import Place
-from pipeline.serving.sandbox import open_sandbox, prepare
 from pipeline.serving.scorer import LocalScorer, Scorer
 from pipeline.serving.service import Service, supervise
 
 pytestmark = pytest.mark.triton
 
 SEQUENCES = [[token, token + 1, token + 2] for token in range(1, 60)]
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    log = tmp_path_factory.mktemp("log") / "build.log"
-    with open_sandbox(prepare(serving_config(), log, print), log) as engine:
-        yield engine
 
 
 @pytest.fixture(scope="module")

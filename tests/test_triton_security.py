@@ -42,7 +42,6 @@ from pipeline.serving.client import TritonScorer
 from pipeline.serving.engines import Engine
 from pipeline.serving.model_store import Manifest
 from pipeline.serving.pool import Place
-from pipeline.serving.sandbox import open_sandbox, prepare
 from pipeline.serving.server import TritonServer, make_spec
 from pipeline.serving.service import supervise
 
@@ -83,13 +82,6 @@ class Served:
 
     def url(self, bind: str) -> str:
         return self.address(bind).url
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    log = tmp_path_factory.mktemp("log") / "build.log"
-    with open_sandbox(prepare(serving_config(), log, print), log) as engine:
-        yield engine
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,6 @@ from pipeline.serving.client import TritonScorer, connect_scorer
 from pipeline.serving.engines import Engine
 from pipeline.serving.known import Reference
 from pipeline.serving.pool import Place
-from pipeline.serving.sandbox import open_sandbox, prepare
 from pipeline.serving.scorer import LocalScorer
 from pipeline.serving.server import TritonServer, make_spec
 from pipeline.serving.service import Service as Supervised
@@ -80,14 +79,6 @@ class Service:
         found = connect_scorer(self.run, self.config, {})
         assert isinstance(found, TritonScorer)
         return found
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """The sandbox of the default cache; the first run on a machine builds it, in a minute or two."""
-    log = tmp_path_factory.mktemp("log") / "build.log"
-    with open_sandbox(prepare(serving_config(), log, print), log) as engine:
-        yield engine
 
 
 @pytest.fixture(scope="module")
