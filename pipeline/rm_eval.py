@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError, run_command
+from pipeline.model_source import add_source
 
 EPILOG = """pairs: HH's rows, {"chosen", "rejected"} or {"prompt", "chosen", "rejected"}; or RewardBench's, which have a
 "subset" too, and get a score by subset and by category.
@@ -26,9 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", type=Path, metavar="RUN", help="a run directory with a reward model")
-    source.add_argument("--model-store", type=Path, metavar="STORE", help="a model store that convert wrote")
+    add_source(parser)
     add(
         "--data",
         type=Path,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import run_command
+from pipeline.model_source import add_source
 from pipeline.run import atomic
 
 EPILOG = """rows, one JSON object a line:
@@ -32,9 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", type=Path, metavar="RUN", help="a run directory with a reward model")
-    source.add_argument("--model-store", type=Path, metavar="STORE", help="a model store that convert wrote")
+    add_source(parser)
     add("file", type=Path, metavar="FILE", help="a .jsonl or .jsonl.gz file")
     add("--out", type=Path, metavar="FILE", help="where the rows go, whole or not at all (default: standard output)")
     return parser
