@@ -126,8 +126,11 @@ def end_tree(process: Child, grace_s: float = 10.0) -> int:
     deadline = time.monotonic() + (grace_s if process.returncode is not None else 0.0)
     while session_pids(session) and time.monotonic() < deadline:
         time.sleep(0.02)
-    for pid in session_pids(session):
-        _signal(pid, signal.SIGKILL)
+    deadline = time.monotonic() + _KILL_S
+    while (left := session_pids(session)) and time.monotonic() < deadline:  # the dying take a moment, and may fork
+        for pid in left:
+            _signal(pid, signal.SIGKILL)
+        time.sleep(0.005)
     return process.wait()
 
 
