@@ -7,7 +7,7 @@ import torch
 from helpers_ppo import ARCHITECTURES, VOCAB, tiny_model, tokenizer
 from torch import Tensor
 
-from pipeline.config.schema import Generate
+from pipeline.config.training import Generate
 from pipeline.data.tokens import encode
 from pipeline.training.decode import Response, decode, keep_likely, sample
 from pipeline.training.split import split_model

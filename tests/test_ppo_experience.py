@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from helpers_ppo import ARCHITECTURES, tiny_model, tokenizer
 
-from pipeline.config.schema import PPO, Generate
+from pipeline.config.methods import PPO
+from pipeline.config.training import Generate
 from pipeline.training.decode import Response, decode
 from pipeline.training.experience import Packing, collate
 from pipeline.training.policy import Policy, reference_logprobs

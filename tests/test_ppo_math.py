@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import Optimizer, Scheduler
+from pipeline.config.training import Optimizer, Scheduler
 from pipeline.training.advantages import gae, kl_k1, kl_k3, token_rewards, whiten
 from pipeline.training.control import KLController, RunningMoments, clip_scores, scale_of
 from pipeline.training.experience import Packing

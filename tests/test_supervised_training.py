@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from pipeline.config.load import dump, resolve
-from pipeline.config.schema import SFT, Supervised
+from pipeline.config.methods import SFT, Supervised
 from pipeline.data import prefetch
 from pipeline.data.preferences import Preference
 from pipeline.data.tokens import encode, load_tokenizer

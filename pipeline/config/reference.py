@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from pipeline.config import cluster, schema, serving
+from pipeline.config import cluster, methods, schema, serving, training
 from pipeline.errors import run_command
 
 
@@ -48,7 +48,7 @@ def _field_docstrings(section: type[BaseModel]) -> dict[str, str]:
     """The string literal behind each field, of the class and of those it inherits from."""
     found: dict[str, str] = {}
     for base in reversed(section.__mro__):
-        if base.__module__ not in (schema.__name__, cluster.__name__, serving.__name__):
+        if base.__module__ not in {module.__name__ for module in (schema, methods, training, cluster, serving)}:
             continue
         (definition,) = ast.parse(inspect.getsource(base)).body
         assert isinstance(definition, ast.ClassDef)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.config.schema import Config, Supervised
+from pipeline.config.methods import Supervised
+from pipeline.config.schema import Config
 from pipeline.run.sources import EMBEDDED
 from pipeline.stages.base import Context, Stage, Work, model_identity, number, tokenizer_identity
 from pipeline.stages.launch import accelerate_config, launch_command, plain_command, thread_environment

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from pipeline.config.schema import Generate
+from pipeline.config.training import Generate
 from pipeline.training.split import Split
 from pipeline.training.stopping import StopSequences
 

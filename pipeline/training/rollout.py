@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pipeline.config.schema import Generate
+from pipeline.config.training import Generate
 from pipeline.data.tokens import encode, end_id
 from pipeline.training.decode import Response, decode
 from pipeline.training.scoring_text import ScoringText

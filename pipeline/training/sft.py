@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.config.schema import SFT
+from pipeline.config.methods import SFT
 from pipeline.data.preferences import Preference, read_split
 from pipeline.data.tokens import encode_pair, load_tokenizer, pad_id
 from pipeline.run.sources import base_model_path, tokenizer_path

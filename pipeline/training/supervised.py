@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.schema import Supervised
+from pipeline.config.methods import Supervised
 from pipeline.errors import UserError
 from pipeline.run.work import Progress
 

@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from pipeline.config.schema import PPO, Optimizer, Scheduler
+from pipeline.config.methods import PPO
+from pipeline.config.training import Optimizer, Scheduler
 from pipeline.errors import UserError
 from pipeline.training.advantages import gae, kl_k1, kl_k3, token_rewards, whiten
 from pipeline.training.decode import Response
