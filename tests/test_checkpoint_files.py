@@ -15,7 +15,7 @@ from pipeline.training.checkpoint import Checkpoints, all_checkpoints, is_intact
 from pipeline.training.metrics import append_row, keep_rows_until, read_rows
 from pipeline.training.prompts import all_prompts, phase_prompts
 from pipeline.training.ranks import Ranks
-from pipeline.training.trainer import TrainState, state_from
+from pipeline.training.state import TrainState, state_from
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

@@ -19,7 +19,8 @@ from pipeline.training.policy import Policy, reference_logprobs
 from pipeline.training.ranks import Ranks
 from pipeline.training.split import Split, frozen_reference, split_model
 from pipeline.training.stopping import StopSequences
-from pipeline.training.update import Experience, Updater, experience, mean_kl, plan_phase, targets_of
+from pipeline.training.update import Experience, experience, mean_kl, plan_phase, targets_of
+from pipeline.training.updater import Updater
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)

@@ -14,7 +14,7 @@ from pipeline.training.advantages import gae, kl_k1, kl_k3, token_rewards, white
 from pipeline.training.control import KLController, RunningMoments, clip_scores, scale_of
 from pipeline.training.experience import Packing
 from pipeline.training.losses import STATISTICS, ppo_loss
-from pipeline.training.update import learning_rate
+from pipeline.training.schedule import learning_rate
 
 
 def alone(values: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ from pipeline.training import ppo
 from pipeline.training.metrics import Row, read_rows
 from pipeline.training.ranks import Ranks
 from pipeline.training.reward_source import LEDGER, RewardSource
-from pipeline.training.trainer import Trainer, TrainState
+from pipeline.training.state import TrainState
+from pipeline.training.trainer import Trainer
 
 
 def settings() -> Config:

@@ -39,13 +39,15 @@ from pipeline.training.ranks import Ranks, make_accelerator
 from pipeline.training.report_once import run_rank
 from pipeline.training.reward_source import LEDGER, RewardSource
 from pipeline.training.rollout import Sampler
+from pipeline.training.schedule import learning_rate
 from pipeline.training.scoring_text import ScoringText
 from pipeline.training.split import Split, frozen_reference, split_model
+from pipeline.training.state import Data, TrainState, steps_per_phase
 from pipeline.training.stop import EX_TEMPFAIL, STOPPED, StopRequest
 from pipeline.training.stopping import StopSequences
 from pipeline.training.tracking import end_tracking, run_id, start_tracker, tracker_of
-from pipeline.training.trainer import Data, Trainer, TrainState, steps_per_phase
-from pipeline.training.update import Updater, learning_rate
+from pipeline.training.trainer import Trainer
+from pipeline.training.updater import Updater
 
 FINGERPRINT = "HH_PIPELINE_FINGERPRINT"
 """Environment variable that names the checkpoints' folder: a changed configuration never resumes an old training."""

@@ -3,95 +3,31 @@
 from __future__ import annotations
 
 import logging
-import math
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Config
 from pipeline.run import atomic
 from pipeline.run.directory import RunDir
 from pipeline.run.work import Progress
-from pipeline.training.advantages import explained_variance
 from pipeline.training.checkpoint import Checkpoints
-from pipeline.training.control import KLController, RunningMoments, clip_scores, moments_from, scale_of
-from pipeline.training.decode import Response
 from pipeline.training.heldout import heldout_reward
 from pipeline.training.metrics import METRICS, Row, append_row, keep_rows_until
-from pipeline.training.prompts import generator_for, phase_prompts
-from pipeline.training.reward_source import RewardSource, server_figures
-from pipeline.training.rollout import PendingScores, Sampler
+from pipeline.training.phase import Phases
+from pipeline.training.reward_source import RewardSource
+from pipeline.training.rollout import Sampler
 from pipeline.training.split import Top
+from pipeline.training.state import Data, TrainState, renewed, state_from
 from pipeline.training.stop import StopRequest
-from pipeline.training.update import (
-    Experience,
-    Updater,
-    experience,
-    mean_kl,
-    plan_phase,
-    reference_function,
-    targets_of,
-)
+from pipeline.training.updater import Updater
 
 if TYPE_CHECKING:
-    from pipeline.data.preferences import Preference
     from pipeline.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """Everything that a resume needs beside weights and optimiser; the same on every rank."""
-
-    kl_coefficient: float
-    step: int = 0
-    phase: int = 0
-    """Phases done: with the seed, this is the data position and all the randomness to come."""
-    moments: RunningMoments = field(default_factory=RunningMoments)
-    kl: float = 0.0
-    first_reward: float | None = None
-    last_reward: float | None = None
-    evaluated_step: int = -1
-    best_reward: float | None = None
-    best_step: int = 0
-    rollouts: int = 0
-    seconds: float = 0.0
-    """Of phases, without evaluations and checkpoints."""
-
-    def plain(self) -> dict[str, Any]:
-        """As JSON types."""
-        return asdict(self)
-
-
-def state_from(raw: Mapping[str, Any]) -> TrainState:
-    """A state as a checkpoint holds it."""
-    names = TrainState.__dataclass_fields__
-    values = {name: raw[name] for name in names}
-    return TrainState(**{**values, "moments": moments_from(raw["moments"])})
-
-
-def renewed(state: TrainState) -> TrainState:
-    """The state from which training goes on under another reward model: scores of two models do not compare."""
-    return replace(state, moments=RunningMoments(), first_reward=None, best_reward=None, best_step=state.step)
-
-
-def steps_per_phase(config: Config) -> int:
-    """Optimiser steps of a full phase."""
-    return config.ppo.ppo_epochs * config.ppo.num_rollouts // config.train.batch_size
-
-
-@dataclass
-class Data:
-    """Prompts with the data set's answers, and those answers' scores where rewards are deltas."""
-
-    train: Sequence[Preference]
-    heldout: Sequence[Preference]
-    train_baselines: Mapping[int, float] | None
-    heldout_baselines: Mapping[int, float] | None
 
 
 @dataclass
@@ -145,73 +81,17 @@ class Trainer:
         return state, True
 
     def _phase(self, state: TrainState) -> TrainState | None:
-        """One phase: sample, score, estimate, update. None when a stop was asked for before the first update."""
-        started = time.monotonic()
-        self.sampler.scorer.traffic()  # an evaluation's is not this phase's
-        config, ppo, ranks = self.config, self.config.ppo, self.ranks
-        rows = phase_prompts(state.phase, ranks.rank, ranks.world, ppo.num_rollouts, len(self.data.train), config.seed)
-        responses, pending = self._sample(rows, state.phase)
-        if ranks.any(bool(self.stop)):
-            return None
-        sampled = time.monotonic()
-
-        lengths = [len(response.tokens) for response in responses]
-        micro = config.train.micro_batch_size or config.train.batch_size
-        plans = plan_phase(lengths, ppo, config.train.batch_size, micro, config.seed, ranks.rank, state.phase)
-        temperature = config.generate.temperature
-        reference = reference_function(self.reference, temperature, self.updater.accelerator.autocast)
-        exp = experience(self.updater.policy, reference, responses, plans[0], temperature)
-        estimated = time.monotonic()
-
-        scores = [score for chunk in pending for score in chunk.result()]
-        scored = time.monotonic()
-        if self.data.train_baselines is not None:
-            scores = [score - self.data.train_baselines[row] for row, score in zip(rows, scores, strict=True)]
-        clipped = clip_scores(scores, ppo.cliprange_reward)
-        everyone = [score for part in ranks.gather(clipped) for score in part]
-        moments = state.moments.updated(everyone)
-        scale = scale_of(ppo.scale_reward, ppo.ref_std, moments)
-        controller = KLController(state.kl_coefficient, ppo.target, ppo.horizon)
-        targets = targets_of(exp, [score / scale for score in clipped], controller.coefficient, ppo, ranks)
-        kl, kl_per_token = mean_kl(exp, ranks)
-        step, losses = self.updater.run(exp, targets, plans, state.step, config.train.total_steps)
-        ended = time.monotonic()
-
-        row: Row = {
-            "step": step,
-            "phase": state.phase,
-            "rollout_scores/mean": statistics.fmean(everyone),
-            "rollout_scores/std": statistics.pstdev(everyone),
-            "rollout_scores/running_mean": moments.mean,
-            "rollout_scores/running_std": moments.std,
-            "policy/sqrt_kl": math.sqrt(max(kl, 0.0)),
-            "policy/kl": kl,
-            "policy/kl_per_token": kl_per_token,
-            "kl_ctl_value": controller.coefficient,
-            "values/explained_variance": explained_variance(exp.values, targets.returns, ranks.sum),
-            **losses,
-            **self._token_row(exp),
-            "time/rollout_generate": sampled - started,
-            "time/forward": estimated - sampled,
-            "time/rollout_score": scored - estimated,
-            "time/rollout_time": scored - started,
-            "time/train": ended - scored,
-            "time/phase": ended - started,
-        }
-        row["tokens_per_second"] = row["tokens/response"] / row["time/phase"]
-        row |= server_figures(self.run, ranks.gather(self.sampler.scorer.traffic()), time.time() - row["time/phase"])
-        self._record(row)
-        self.progress_note(step, f"reward {row['rollout_scores/mean']:.2f} kl {kl:.2f}")
-        return replace(
-            state,
-            step=step,
-            phase=state.phase + 1,
-            moments=moments,
-            kl=kl,
-            kl_coefficient=controller.updated(kl, ppo.num_rollouts * ranks.world).coefficient,
-            rollouts=state.rollouts + ppo.num_rollouts * ranks.world,
-            seconds=state.seconds + ended - started,
+        """One phase; None when a stop was asked for before its first update."""
+        phases = Phases(
+            self.run, self.config, self.data, self.sampler, self.updater, self.reference, self.ranks, self.stop
         )
+        done = phases.run_phase(state)
+        if done is None:
+            return None
+        after, row = done
+        self._record(row)
+        self.progress_note(after.step, f"reward {row['rollout_scores/mean']:.2f} kl {after.kl:.2f}")
+        return after
 
     def _follow_announcement(self, state: TrainState) -> TrainState:
         """Change to another reward model if the run announces one. What came before is saved first."""
@@ -222,47 +102,6 @@ class Trainer:
         self.sampler = replace(self.sampler, scorer=self.rewards.change(state.phase, identity, self.sampler.scorer))
         self.data = self.rescore(self.sampler)
         return renewed(state)
-
-    def _sample(self, rows: Sequence[int], phase: int) -> tuple[list[Response], list[PendingScores]]:
-        """Sample the phase's chunks; a stop that is asked for meanwhile cuts it short."""
-        responses: list[Response] = []
-        pending = []
-        size = self.config.ppo.chunk_size
-        for chunk, start in enumerate(range(0, len(rows), size)):
-            if self.stop:
-                break
-            prompts = [self.data.train[row].prompt for row in rows[start : start + size]]
-            generator = generator_for(self.ranks.device, self.config.seed, "rollout", self.ranks.rank, phase, chunk)
-            more, scores = self.sampler.sample(prompts, generator)
-            responses += more
-            pending.append(scores)
-        return responses, pending
-
-    def _token_row(self, exp: Experience) -> Row:
-        """Counts and means over all ranks' responses."""
-        responses = exp.responses
-        sums = exp.logprobs.new_tensor(
-            [
-                len(responses),
-                sum(len(response.prompt) for response in responses),
-                sum(len(response.tokens) for response in responses),
-                sum(response.finish == "eos" for response in responses),
-                sum(response.finish == "stop" for response in responses),
-                float(exp.entropy.sum()),
-                float(exp.values.sum()),
-            ]
-        ).double()
-        rows, prompt, tokens, eos, stopped, entropy, values = self.ranks.sum(sums).tolist()
-        return {
-            "tokens/prompt": int(prompt),
-            "tokens/response": int(tokens),
-            "response_length/mean": tokens / rows,
-            "finished/eos": eos / rows,
-            "finished/stop": stopped / rows,
-            "finished/length": 1.0 - (eos + stopped) / rows,
-            "policy/entropy": entropy / tokens,
-            "old_values/mean": values / tokens,
-        }
 
     def _evaluate(self, state: TrainState) -> TrainState:
         """Measure the held-out reward; remember the first, the last and the best."""

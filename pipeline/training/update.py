@@ -1,23 +1,18 @@
-"""One phase's arithmetic: from scored responses to advantages, and from advantages to optimiser steps."""
+"""One phase's arithmetic: from scored responses to advantages and returns."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from pipeline.config.methods import PPO
-from pipeline.config.training import Optimizer, Scheduler
-from pipeline.errors import UserError
 from pipeline.training.advantages import gae, kl_k1, kl_k3, token_rewards, whiten
 from pipeline.training.decode import Response
 from pipeline.training.experience import Minibatch, Packing, collate, plan_epoch
-from pipeline.training.losses import STATISTICS, ppo_loss
 from pipeline.training.policy import reference_logprobs
 from pipeline.training.prompts import derive_seed
 from pipeline.training.ranks import Ranks
@@ -114,95 +109,3 @@ def mean_kl(exp: Experience, ranks: Ranks) -> tuple[float, float]:
     counts = total.new_tensor([len(exp.responses), len(exp.logprobs)])
     kl, rows, tokens = ranks.sum(torch.cat([total[None], counts])).tolist()
     return kl / rows, kl / tokens
-
-
-def learning_rate(step: int, optimizer: Optimizer, scheduler: Scheduler, total_steps: int) -> float:
-    """The rate of optimiser step `step` (from 0), a pure function, so there is no scheduler state to resume."""
-    if step < scheduler.warmup_steps:
-        return optimizer.lr * (step + 1) / scheduler.warmup_steps
-    done = (step - scheduler.warmup_steps) / max(1, total_steps - scheduler.warmup_steps)
-    if scheduler.name == "linear":
-        return optimizer.lr * (1.0 - done)
-    if scheduler.name == "cosine":
-        return optimizer.lr * 0.5 * (1.0 + math.cos(math.pi * done))
-    return optimizer.lr
-
-
-@dataclass
-class Updater:
-    """Takes the optimiser steps of a phase."""
-
-    accelerator: Accelerator
-    policy: torch.nn.Module
-    optimizer: Any
-    ppo: PPO
-    ranks: Ranks
-    temperature: float
-    max_grad_norm: float
-    rate: Callable[[int], float]
-
-    def run(
-        self, exp: Experience, targets: Targets, plans: Sequence[Sequence[Minibatch]], step: int, last_step: int
-    ) -> tuple[int, dict[str, float]]:
-        """Train on the phase's minibatches, but not beyond `last_step`; return the new step and what to log.
-
-        Every loss is a sum over the minibatch's tokens of all ranks, divided by their number: how a minibatch is cut
-        into micro-batches and spread over ranks does not change it.
-        """
-        minibatches = [minibatch for plan in plans for minibatch in plan][: last_step - step]
-        counts = [sum(exp.packing.lengths[row] for rows in batch for row in rows) for batch in minibatches]
-        tokens = self.ranks.sum(torch.tensor(counts, dtype=torch.float64, device=self.ranks.device)).tolist()
-        sums = torch.zeros(len(minibatches), len(STATISTICS) + 2, dtype=torch.float64, device=self.ranks.device)
-        norms = []
-        for place, minibatch in enumerate(minibatches):
-            self._set_rate(self.rate(step))
-            sums[place] = self._step(exp, targets, minibatch, tokens[place])
-            norms.append(self._norm)
-            step += 1
-        means = (self.ranks.sum(sums) / torch.tensor(tokens, device=sums.device)[:, None]).cpu()
-        if not bool(torch.isfinite(means).all()) or not all(map(math.isfinite, norms)):
-            raise UserError(
-                f"train: a loss or gradient up to optimiser step {step} is not finite; lower optimizer.lr, or raise "
-                "ppo.init_kl_coef"
-            )
-        names = ("losses/policy_loss", "losses/value_loss", *STATISTICS)
-        row = dict(zip(names, means.mean(dim=0).tolist(), strict=True))
-        row["losses/total_loss"] = row["losses/policy_loss"] + self.ppo.vf_coef * row["losses/value_loss"]
-        row["policy/approx_kl_first"] = means[0, 2].item()
-        row["ratio_first"] = means[0, 4].item()
-        row["grad_norm"] = sum(norms) / len(norms)
-        row["learning_rate_group_0"] = self.rate(step - 1)
-        return step, row
-
-    def _step(self, exp: Experience, targets: Targets, minibatch: Minibatch, tokens: float) -> Tensor:
-        """One optimiser step; returns this rank's sums of policy loss, value loss and STATISTICS."""
-        sums = torch.zeros(len(STATISTICS) + 2, dtype=torch.float64, device=self.ranks.device)
-        # Data parallelism averages gradients over ranks, and accumulation over micro-batches; we want their sum.
-        undo_means = self.ranks.world * len(minibatch)
-        for rows in minibatch:
-            with self.accelerator.accumulate(self.policy):
-                batch = collate(exp.responses, rows, exp.packing)
-                outputs = self.policy(batch.states, batch.index, batch.targets, self.temperature)
-                loss = ppo_loss(
-                    outputs.logprobs,
-                    outputs.values,
-                    exp.logprobs[batch.packed],
-                    exp.values[batch.packed],
-                    targets.advantages[batch.packed],
-                    targets.returns[batch.packed],
-                    self.ppo.cliprange,
-                    self.ppo.cliprange_value,
-                )
-                total = (loss.policy + self.ppo.vf_coef * loss.value) * (undo_means / tokens)
-                self.accelerator.backward(total)
-                if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-                    self._norm = float(norm) if norm is not None else 0.0
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            sums += torch.cat([torch.stack([loss.policy.detach(), loss.value.detach()]).double(), loss.statistics])
-        return sums
-
-    def _set_rate(self, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
