@@ -70,6 +70,9 @@ class Train(Section):
     """Keep the policy of the best held-out reward beside the last one."""
     log_rollouts: bool = True
     """Append each phase's rollouts, with text, reward and KL, to a JSONL file of the run."""
+    peak_tflops: float | None = Field(None, gt=0)
+    """What a device computes at best (TFLOP/s), for the metrics `mfu`; None takes what its maker says of its 16-bit
+    arithmetic, and knows nothing of CPUs."""
     tracker: Literal["wandb", "tensorboard", "none"] = "wandb"
     """Where metrics go beside metrics.jsonl."""
     project_name: str = Field("hh-pipeline", min_length=1)

@@ -10,7 +10,7 @@ from pipeline.run.sources import EMBEDDED
 from pipeline.stages.base import Context, Stage, Work, model_identity, number, tokenizer_identity
 from pipeline.stages.launch import accelerate_config, launch_command, thread_environment
 
-_NOT_IN_RESULT = {"tracker", "project_name", "keep_checkpoints", "checkpoint_interval"}
+_NOT_IN_RESULT = {"tracker", "project_name", "keep_checkpoints", "checkpoint_interval", "log_rollouts", "peak_tflops"}
 
 
 class Train(Stage):

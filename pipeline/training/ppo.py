@@ -53,7 +53,7 @@ FINGERPRINT = "HH_PIPELINE_FINGERPRINT"
 """Environment variable that names the checkpoints' folder: a changed configuration never resumes an old training."""
 NOT_IN_TRAINING = {"preset", "description", "all", "cluster", "sandbox", "evaluate", "sft", "reward_model", "data"}
 """Sections that do not enter a training; data and models enter by their content."""
-NOT_IN_RESULT = {"tracker", "project_name", "keep_checkpoints", "checkpoint_interval"}
+NOT_IN_RESULT = {"tracker", "project_name", "keep_checkpoints", "checkpoint_interval", "log_rollouts", "peak_tflops"}
 """Keys of `train` that change how a training is kept and shown, not what it ends in."""
 
 
@@ -75,9 +75,10 @@ def main(argv: list[str] | None = None) -> int:
         state, complete = trainer.train()
     if complete:
         save_policy(split, trainer.sampler.tokenizer, out / "policy", accelerator, ranks)
+        artifacts = {"policy": "policy", **save_best(trainer, split, state, out)}
         if ranks.first:
             values = {**summary(state), "metrics": str(trainer.metrics.relative_to(run.root))}
-            write_result(out, {"policy": "policy"}, values)
+            write_result(out, artifacts, values)
     elif ranks.first:
         logging.getLogger(__name__).info("stopped at step %d; start again to go on", state.step)
         atomic.write_json(out / STOPPED, {"step": state.step, "phase": state.phase})
@@ -119,7 +120,7 @@ def assemble(
         stops=stops,
         max_length=config.serving.max_length,
     )
-    checkpoints = Checkpoints(run.checkpoints / name, ranks, config.train.keep_checkpoints)
+    checkpoints = Checkpoints(run.checkpoints / name, ranks, config.train.keep_checkpoints, background=True)
     scorer = rewards.connect()
     sampler = Sampler(split, tokenizer, scoring, scorer, config.generate, config.prompt_length, accelerator.autocast)
     rescore = functools.partial(load_data, run, config, ranks=ranks, progress=progress)
@@ -230,6 +231,22 @@ def save_policy(split: Split, tokenizer: Any, folder: Path, accelerator: Acceler
         dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
         save_model(split.whole.to(dtype), tokenizer, folder)
     ranks.barrier()
+
+
+def save_best(trainer: Trainer, split: Split, state: TrainState, out: Path) -> dict[str, str]:
+    """The artifact "best", the policy of the best held-out reward, where it is kept; it may be the last one itself.
+
+    The models then hold its weights.
+    """
+    if not trainer.config.train.save_best:
+        return {}
+    if state.best_step == state.step:
+        return {"best": "policy"}
+    if not trainer.checkpoints.load_best(trainer.updater.accelerator, state.best_step):
+        logging.getLogger(__name__).warning("the policy of step %d, the best, was not kept", state.best_step)
+        return {}
+    save_policy(split, trainer.sampler.tokenizer, out / "best", trainer.updater.accelerator, trainer.ranks)
+    return {"best": "best"}
 
 
 def summary(state: TrainState) -> dict[str, Any]:

@@ -11,14 +11,18 @@ import importlib.util
 import inspect
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
+from pipeline.training.dumps import COLUMNS, markdown_table
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from pipeline.training.heldout import Answer
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +54,8 @@ def start_tracker(accelerator: Accelerator, config: Config, folder: Path, name: 
     known = {key: value for key, value in settings.items() if value is not None}
     if tracker == "wandb":
         _start_wandb(accelerator, config.train.project_name, known, folder, name, identity)
-    else:
-        accelerator.init_trackers(config.train.project_name, known)
+    else:  # TensorBoard knows no identity but its folder
+        accelerator.init_trackers(f"{config.train.project_name}/{name}-{identity}", known)
 
 
 def _start_wandb(
@@ -69,6 +73,27 @@ def _start_wandb(
     except wandb.errors.Error as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"train.tracker: Weights & Biases does not start ({reason}); {_REMEDY}") from error
+
+
+def go_on_from(accelerator: Accelerator, step: int) -> None:
+    """What was logged from `step` on will be logged again. Weights & Biases takes no step twice, and keeps the first;
+    TensorBoard is told to forget."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+            restart = Event(step=step, session_log=SessionLog(status=SessionLog.START))
+            tracker.writer.file_writer.add_event(restart)
+
+
+def log_samples(accelerator: Accelerator, answers: Sequence[Answer], step: int) -> None:
+    """Show evaluation samples: as a table in Weights & Biases, as text in TensorBoard."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "wandb":
+            rows = [[answer.plain()[name] for name in COLUMNS] for answer in answers]
+            tracker.log_table("samples", columns=list(COLUMNS), data=rows, step=step)
+        elif tracker.name == "tensorboard":
+            tracker.writer.add_text("samples", markdown_table(answers), global_step=step)
 
 
 def end_tracking(accelerator: Accelerator) -> None:
