@@ -49,8 +49,9 @@ def rollout_rows(
 
 def write_rollouts(folder: Path, phase: int, step: int, ranks: Sequence[Sequence[dict[str, Any]]]) -> None:
     """Write a phase's rollouts, of all ranks; sampled again after a resume, they take the place of the earlier ones."""
+    # Escaped, as json does by itself: some characters of a text would count as the end of a line.
     rows = [{"step": step, "phase": phase, **row} for rank in ranks for row in rank]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
     atomic.write_text(folder / ROLLOUTS / _name(phase), text)
 
 
@@ -64,15 +65,14 @@ def drop_rollouts_from(folder: Path, phase: int) -> None:
 def write_samples(folder: Path, step: int, answers: Sequence[Answer]) -> None:
     """Append an evaluation's samples, and show them as a table."""
     for answer in answers:
-        atomic.append_line(folder / SAMPLES, json.dumps({"step": step, **answer.plain()}, ensure_ascii=False))
+        atomic.append_line(folder / SAMPLES, json.dumps({"step": step, **answer.plain()}))
     atomic.write_text(folder / TABLE, f"# Samples at step {step}\n\n{markdown_table(answers)}")
 
 
 def markdown_table(answers: Sequence[Answer]) -> str:
     """Samples as a table in Markdown, or as TensorBoard shows it."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    for answer in answers:
-        lines.append("| " + " | ".join(_cell(answer.plain()[name]) for name in COLUMNS) + " |")
+    lines += ["| " + " | ".join(_cell(answer.plain()[name]) for name in COLUMNS) + " |" for answer in answers]
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""A phase whose epochs are under way: all that a checkpoint in the middle of it has to hold beside weights and state."""
+"""A phase whose epochs are under way: what a checkpoint in the middle of it holds beside weights and state."""
 
 from __future__ import annotations
 

@@ -25,13 +25,17 @@ from accelerate.utils import DistributedType
 
 from pipeline.config.schema import Config
 from pipeline.data.preferences import read_split
+from pipeline.data.publish import push_folder
 from pipeline.data.tokens import load_tokenizer, same_vocabulary
+from pipeline.errors import UserError
 from pipeline.run import atomic, hashing, sources
 from pipeline.run.directory import RunDir
 from pipeline.run.work import Progress, parse_work, write_result
 from pipeline.serving.model_store import reward_folder
 from pipeline.training.baselines import baseline_scores
 from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.metrics import read_rows
+from pipeline.training.model_card import Card, write_card, write_generation_config
 from pipeline.training.models import check_positions, disable_dropout, load_causal_lm, save_model
 from pipeline.training.policy import Policy
 from pipeline.training.prompts import all_prompts, derive_seed
@@ -77,8 +81,11 @@ def main(argv: list[str] | None = None) -> int:
         save_policy(split, trainer.sampler.tokenizer, out / "policy", accelerator, ranks)
         artifacts = {"policy": "policy", **save_best(trainer, split, state, out)}
         if ranks.first:
+            for name, folder in artifacts.items():
+                describe_policy(trainer, state, out / folder, best=name == "best" and folder == name)
             values = {**summary(state), "metrics": str(trainer.metrics.relative_to(run.root))}
             write_result(out, artifacts, values)
+            push_if_asked(run, config, out / "policy")
     elif ranks.first:
         logging.getLogger(__name__).info("stopped at step %d; start again to go on", state.step)
         atomic.write_json(out / STOPPED, {"step": state.step, "phase": state.phase})
@@ -247,6 +254,41 @@ def save_best(trainer: Trainer, split: Split, state: TrainState, out: Path) -> d
         return {}
     save_policy(split, trainer.sampler.tokenizer, out / "best", trainer.updater.accelerator, trainer.ranks)
     return {"best": "best"}
+
+
+def describe_policy(trainer: Trainer, state: TrainState, folder: Path, best: bool) -> None:
+    """Write the model card and the sampling settings of the policy in `folder`: the last one, or the best."""
+    run, config, identity = trainer.run, trainer.config, trainer.sampler.scorer.identity
+    reward_model = config.reward_model.checkpoint or "trained in the same run"
+    figures = {
+        "optimiser step": state.best_step if best else state.step,
+        "held-out reward": state.best_reward if best else state.last_reward,
+        "held-out reward of the start": state.first_reward,
+        "KL to the start in the last phase (nats an answer)": state.kl,
+        "rollouts": state.rollouts,
+    }
+    card = Card(
+        method=config.train.method.upper(),
+        sections=("model", config.train.method, "train", "generate", "optimizer", "scheduler"),
+        figures=figures,
+        start="its supervised fine-tuning on the same data" if "sft" in config.all else None,
+        reward_model=f"{Path(reward_model).name} (SHA-256 {identity})" if identity else Path(reward_model).name,
+        rows=read_rows(trainer.metrics),
+    )
+    write_generation_config(folder, trainer.sampler.tokenizer, config)
+    write_card(folder, run, config, card)
+
+
+def push_if_asked(run: RunDir, config: Config, folder: Path) -> None:
+    """Push the finished policy where the configuration says so; where that fails, say how it is done later."""
+    repository = config.output.push_to_hub
+    if repository is None:
+        return
+    log = logging.getLogger(__name__)
+    try:
+        log.info("pushed to %s", push_folder(folder, repository, config.output.private))
+    except UserError as error:
+        log.warning("%s: not pushed (%s); later: python -m pipeline.push %s", repository, error, run.root)
 
 
 def summary(state: TrainState) -> dict[str, Any]:

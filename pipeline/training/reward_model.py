@@ -29,6 +29,7 @@ from pipeline.data.preferences import Preference, read_split
 from pipeline.data.tokens import encode_pair, load_tokenizer, pad_id
 from pipeline.run.sources import base_model_path, tokenizer_path
 from pipeline.run.work import Progress, parse_work, write_result
+from pipeline.training.model_card import Card, write_card
 from pipeline.training.models import check_positions, disable_dropout, load_reward_model, save_model
 from pipeline.training.report_once import run_rank
 from pipeline.training.supervised import Task, fit, pad_rows, start_process, sum_over
@@ -175,6 +176,9 @@ def main(argv: list[str] | None = None) -> None:
             "train_seconds": round(done.seconds, 3),
             "seconds": round(time.monotonic() - started, 3),
         }
+        start = "its supervised fine-tuning on the same data" if settings.base == "sft" else None
+        card = Card("Reward model", ("reward_model",), values, start, task="text-classification")
+        write_card(out / "model", run, config, card)
         write_result(out, {"model": "model"}, values)
     accelerator.wait_for_everyone()
     end_tracking(accelerator)

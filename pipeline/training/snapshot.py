@@ -110,10 +110,10 @@ def read_plain(path: Path) -> Any:
 
 
 def _generators() -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state(legacy=True)
+    numpy: Any = np.random.get_state(legacy=False)
     states: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *map(float, rest)],
+        "numpy": {**numpy, "state": {"key": numpy["state"]["key"].tolist(), "pos": int(numpy["state"]["pos"])}},
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -123,8 +123,8 @@ def _generators() -> dict[str, Any]:
 
 def _set_generators(states: Mapping[str, Any]) -> None:
     random.setstate(states["python"])
-    kind, keys, place, has_normal, normal = states["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), int(place), int(has_normal), normal))
+    numpy = states["numpy"]
+    np.random.set_state({**numpy, "state": {**numpy["state"], "key": np.array(numpy["state"]["key"], dtype=np.uint32)}})
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(states["cuda"])

@@ -7,6 +7,7 @@ folder of its own, and `python -m pipeline.sync` sends them all to that one run.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import inspect
 import logging
@@ -80,9 +81,8 @@ def go_on_from(accelerator: Accelerator, step: int) -> None:
     TensorBoard is told to forget."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-            restart = Event(step=step, session_log=SessionLog(status=SessionLog.START))
+            events = importlib.import_module("tensorboard.compat.proto.event_pb2")
+            restart = events.Event(step=step, session_log=events.SessionLog(status=events.SessionLog.START))
             tracker.writer.file_writer.add_event(restart)
 
 

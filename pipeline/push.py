@@ -1,0 +1,36 @@
+"""python -m pipeline.push RUN: send the trained policy to the Hugging Face hub, from where it can be reached."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.config.load import read_config
+from pipeline.errors import UserError, run_command
+from pipeline.status import open_run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.push", description="Push a run's policy to the hub.")
+    parser.add_argument("run", type=Path, help="the run directory")
+    parser.add_argument("--to", metavar="OWNER/NAME", help="the repository; by default output.push_to_hub")
+    parser.add_argument("--best", action="store_true", help="the policy of the best held-out reward, not the last one")
+    arguments = parser.parse_args(argv)
+    run = open_run(arguments.run)
+    output = read_config(run.root).output
+    repository = arguments.to or output.push_to_hub
+    if repository is None:
+        raise UserError("output.push_to_hub: names no repository; give one with --to owner/name")
+    folder = run.artifact("train", "best" if arguments.best else "policy")
+
+    from pipeline.data.publish import push_folder
+
+    print(f"pushed to {push_folder(folder, repository, output.private)}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))
