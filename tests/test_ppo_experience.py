@@ -126,8 +126,8 @@ def updater(policy: Policy, accumulation: int) -> Updater:
 def trained(micro: int, steps: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     policy, responses, plans, exp = phase(split_model(tiny_model(spread=3.0), 1), micro)
     targets = targets_of(exp, [float(row % 3) - 1.0 for row in range(len(responses))], 0.05, PPO_SETTINGS, ALONE)
-    step, row = updater(policy, accumulation=-(-4 // micro)).run(exp, targets, plans, 0, steps)
-    assert step == steps
+    taken, row = updater(policy, accumulation=-(-4 // micro)).run(exp, targets, plans, 0, steps)
+    assert len(taken.norms) == steps and taken.complete
     return copy.deepcopy(policy.state_dict()), row
 
 

@@ -72,7 +72,8 @@ class Phases:
         controller = KLController(state.kl_coefficient, ppo.target, ppo.horizon)
         targets = targets_of(exp, [score / scale for score in clipped], controller.coefficient, ppo, ranks)
         kl, kl_per_token = mean_kl(exp, ranks)
-        step, losses = self.updater.run(exp, targets, plans, state.step, config.train.total_steps)
+        taken, losses = self.updater.run(exp, targets, plans, state.step, config.train.total_steps)
+        step = state.step + len(taken.norms)
         ended = time.monotonic()
 
         row: Row = {

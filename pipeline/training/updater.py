@@ -20,6 +20,18 @@ from pipeline.training.update import Experience, Targets
 
 
 @dataclass
+class Taken:
+    """The optimiser steps that were taken of a phase. With the plan it says where to go on, and what to log at last."""
+
+    sums: Tensor
+    """(steps, 2 + len(STATISTICS)) float64: this rank's sums over tokens of both losses and the statistics."""
+    norms: list[float]
+    """Of the gradient, a step."""
+    complete: bool = False
+    """Whether the phase has no further step."""
+
+
+@dataclass
 class Updater:
     """Takes the optimiser steps of a phase."""
 
@@ -33,25 +45,43 @@ class Updater:
     rate: Callable[[int], float]
 
     def run(
-        self, exp: Experience, targets: Targets, plans: Sequence[Sequence[Minibatch]], step: int, last_step: int
-    ) -> tuple[int, dict[str, float]]:
-        """Train on the phase's minibatches, but not beyond `last_step`; return the new step and what to log.
+        self,
+        exp: Experience,
+        targets: Targets,
+        plans: Sequence[Sequence[Minibatch]],
+        first: int,
+        last_step: int,
+        taken: Taken | None = None,
+        pause: Callable[[int], bool] = lambda step: False,
+    ) -> tuple[Taken, dict[str, float]]:
+        """Train on the phase's minibatches, but not beyond `last_step`; return the steps taken and what to log of them.
+
+        `first` is the step count at the phase's beginning; where steps were `taken`, training goes on behind them.
+        `pause` is asked before each step, by its count, and must give every rank the same answer.
 
         Every loss is a sum over the minibatch's tokens of all ranks, divided by their number: how a minibatch is cut
-        into micro-batches and spread over ranks does not change it.
+        into micro-batches and spread over ranks does not change it. UserError when a loss or gradient is not finite.
         """
-        minibatches = [minibatch for plan in plans for minibatch in plan][: last_step - step]
+        minibatches = [minibatch for plan in plans for minibatch in plan][: last_step - first]
         counts = [sum(exp.packing.lengths[row] for rows in batch for row in rows) for batch in minibatches]
         tokens = self.ranks.sum(torch.tensor(counts, dtype=torch.float64, device=self.ranks.device)).tolist()
         sums = torch.zeros(len(minibatches), len(STATISTICS) + 2, dtype=torch.float64, device=self.ranks.device)
-        norms = []
-        for place, minibatch in enumerate(minibatches):
-            self._set_rate(self.rate(step))
-            sums[place] = self._step(exp, targets, minibatch, tokens[place])
+        norms = list(taken.norms) if taken else []
+        if taken:
+            sums[: len(norms)] = taken.sums.to(sums.device)
+        for place in range(len(norms), len(minibatches)):
+            if pause(first + place):
+                break
+            self._set_rate(self.rate(first + place))
+            sums[place] = self._step(exp, targets, minibatches[place], tokens[place])
             norms.append(self._norm)
-            step += 1
-        means = (self.ranks.sum(sums) / torch.tensor(tokens, device=sums.device)[:, None]).cpu()
-        if not bool(torch.isfinite(means).all()) or not all(map(math.isfinite, norms)):
+        done = Taken(sums[: len(norms)], norms, complete=len(norms) == len(minibatches))
+        return done, self._row(done, tokens[: len(norms)], first + len(norms)) if norms else {}
+
+    def _row(self, taken: Taken, tokens: Sequence[float], step: int) -> dict[str, float]:
+        """Means over the steps taken, of which `tokens` were trained each."""
+        means = (self.ranks.sum(taken.sums) / torch.tensor(tokens, device=taken.sums.device)[:, None]).cpu()
+        if not bool(torch.isfinite(means).all()) or not all(map(math.isfinite, taken.norms)):
             raise UserError(
                 f"train: a loss or gradient up to optimiser step {step} is not finite; lower optimizer.lr, or raise "
                 "ppo.init_kl_coef"
@@ -61,9 +91,9 @@ class Updater:
         row["losses/total_loss"] = row["losses/policy_loss"] + self.ppo.vf_coef * row["losses/value_loss"]
         row["policy/approx_kl_first"] = means[0, 2].item()
         row["ratio_first"] = means[0, 4].item()
-        row["grad_norm"] = sum(norms) / len(norms)
+        row["grad_norm"] = sum(taken.norms) / len(taken.norms)
         row["learning_rate_group_0"] = self.rate(step - 1)
-        return step, row
+        return row
 
     def _step(self, exp: Experience, targets: Targets, minibatch: Minibatch, tokens: float) -> Tensor:
         """One optimiser step; returns this rank's sums of policy loss, value loss and STATISTICS."""
