@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from pipeline.config.schema import Config
 from pipeline.run.directory import RunDir
-from pipeline.training.advantages import explained_variance
-from pipeline.training.control import KLController, clip_scores, scale_of
+from pipeline.training.control import KLController, scale_of
 from pipeline.training.decode import Response
+from pipeline.training.dense import Scores, scores_of, shaped
 from pipeline.training.metrics import Row
+from pipeline.training.microbatches import limits_of, plan_phase
 from pipeline.training.prompts import generator_for, phase_prompts
 from pipeline.training.reward_source import server_figures
 from pipeline.training.rollout import PendingScores, Sampler
 from pipeline.training.split import Top
 from pipeline.training.state import Data, TrainState
 from pipeline.training.stop import StopRequest
-from pipeline.training.update import Experience, experience, mean_kl, plan_phase, reference_function, targets_of
+from pipeline.training.update import experience, reference_function, targets_of
 from pipeline.training.updater import Updater
 
 if TYPE_CHECKING:
@@ -47,31 +49,44 @@ class Phases:
         started = time.monotonic()
         self.sampler.scorer.traffic()  # an evaluation's is not this phase's
         config, ppo, ranks = self.config, self.config.ppo, self.ranks
-        rows = phase_prompts(state.phase, ranks.rank, ranks.world, ppo.num_rollouts, len(self.data.train), config.seed)
+        rows = phase_prompts(
+            state.phase,
+            ranks.rank,
+            ranks.world,
+            ppo.num_rollouts,
+            len(self.data.train),
+            config.seed,
+            ppo.group_size,
+        )
         responses, pending = self.sample(rows, state.phase)
         if ranks.any(bool(self.stop)):
             return None
         sampled = time.monotonic()
 
-        lengths = [len(response.tokens) for response in responses]
-        micro = config.train.micro_batch_size or config.train.batch_size
-        plans = plan_phase(lengths, ppo, config.train.batch_size, micro, config.seed, ranks.rank, state.phase)
+        widths = [len(response.states) for response in responses]
+        seed = (config.seed, ranks.rank, state.phase)
+        plans = plan_phase(widths, ppo, config.train.batch_size, limits_of(config.train), ranks, *seed)
         temperature = config.generate.temperature
         reference = reference_function(self.reference, temperature, self.updater.accelerator.autocast)
         exp = experience(self.updater.policy, reference, responses, plans[0], temperature)
         estimated = time.monotonic()
 
-        scores = [score for chunk in pending for score in chunk.result()]
+        answers = [score for chunk in pending for score in chunk.result()]
         scored = time.monotonic()
-        if self.data.train_baselines is not None:
-            scores = [score - self.data.train_baselines[row] for row, score in zip(rows, scores, strict=True)]
-        clipped = clip_scores(scores, ppo.cliprange_reward)
-        everyone = [score for part in ranks.gather(clipped) for score in part]
+        scores = self._shaped(rows, responses, answers)
+        ours = torch.tensor([score.whole for score in scores], dtype=torch.float64, device=ranks.device)
+        everyone = ranks.gather_rows(ours).flatten().tolist()
         moments = state.moments.updated(everyone)
         scale = scale_of(ppo.scale_reward, ppo.ref_std, moments)
         controller = KLController(state.kl_coefficient, ppo.target, ppo.horizon)
-        targets = targets_of(exp, [score / scale for score in clipped], controller.coefficient, ppo, ranks)
-        kl, kl_per_token = mean_kl(exp, ranks)
+        targets = targets_of(
+            exp,
+            [score.whole / scale for score in scores],
+            controller.coefficient,
+            ppo,
+            ranks,
+            [[(length, each / scale) for length, each in score.beginnings] for score in scores],
+        )
         taken, losses = self.updater.run(exp, targets, plans, state.step, config.train.total_steps)
         step = state.step + len(taken.norms)
         ended = time.monotonic()
@@ -83,13 +98,9 @@ class Phases:
             "rollout_scores/std": statistics.pstdev(everyone),
             "rollout_scores/running_mean": moments.mean,
             "rollout_scores/running_std": moments.std,
-            "policy/sqrt_kl": math.sqrt(max(kl, 0.0)),
-            "policy/kl": kl,
-            "policy/kl_per_token": kl_per_token,
             "kl_ctl_value": controller.coefficient,
-            "values/explained_variance": explained_variance(exp.values, targets.returns, ranks.sum),
+            **targets.figures,
             **losses,
-            **token_row(exp, ranks),
             "time/rollout_generate": sampled - started,
             "time/forward": estimated - sampled,
             "time/rollout_score": scored - estimated,
@@ -104,8 +115,8 @@ class Phases:
             step=step,
             phase=state.phase + 1,
             moments=moments,
-            kl=kl,
-            kl_coefficient=controller.updated(kl, ppo.num_rollouts * ranks.world).coefficient,
+            kl=targets.figures["policy/kl"],
+            kl_coefficient=controller.updated(targets.figures["policy/kl"], ppo.num_rollouts * ranks.world).coefficient,
             rollouts=state.rollouts + ppo.num_rollouts * ranks.world,
             seconds=state.seconds + ended - started,
         )
@@ -121,34 +132,18 @@ class Phases:
                 break
             prompts = [self.data.train[row].prompt for row in rows[start : start + size]]
             generator = generator_for(self.ranks.device, self.config.seed, "rollout", self.ranks.rank, phase, chunk)
-            more, scores = self.sampler.sample(prompts, generator)
+            more, scores = self.sampler.sample(prompts, generator, self.config.ppo.dense_reward_every)
             responses += more
             pending.append(scores)
         return responses, pending
 
-
-def token_row(exp: Experience, ranks: Ranks) -> Row:
-    """Counts and means over all ranks' responses."""
-    responses = exp.responses
-    sums = exp.logprobs.new_tensor(
-        [
-            len(responses),
-            sum(len(response.prompt) for response in responses),
-            sum(len(response.tokens) for response in responses),
-            sum(response.finish == "eos" for response in responses),
-            sum(response.finish == "stop" for response in responses),
-            float(exp.entropy.sum()),
-            float(exp.values.sum()),
+    def _shaped(self, rows: Sequence[int], responses: Sequence[Response], answers: Sequence[float]) -> list[Scores]:
+        """What the reward model said of each response, less its baseline, clipped, and less the penalty for no end."""
+        ppo, known = self.config.ppo, self.data.train_baselines or {}
+        baselines = [known[row] if self.data.train_baselines is not None else 0.0 for row in rows]
+        penalties = [ppo.missing_eos_penalty if response.finish == "length" else 0.0 for response in responses]
+        found = scores_of(responses, answers, ppo.dense_reward_every, self.sampler.scoring)
+        return [
+            shaped(score, baseline, ppo.cliprange_reward, penalty)
+            for score, baseline, penalty in zip(found, baselines, penalties, strict=True)
         ]
-    ).double()
-    rows, prompt, tokens, eos, stopped, entropy, values = ranks.sum(sums).tolist()
-    return {
-        "tokens/prompt": int(prompt),
-        "tokens/response": int(tokens),
-        "response_length/mean": tokens / rows,
-        "finished/eos": eos / rows,
-        "finished/stop": stopped / rows,
-        "finished/length": 1.0 - (eos + stopped) / rows,
-        "policy/entropy": entropy / tokens,
-        "old_values/mean": values / tokens,
-    }
