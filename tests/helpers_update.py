@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from pipeline.training.updater import Updater
 ALONE = Ranks(0, 1, torch.device("cpu"))
 TEMPERATURE = 0.7
 PROMPTS = [[5, 9, 200], [7], [11, 12, 13, 14, 15, 16, 17], [40, 41], [99, 98, 97, 96], [3, 4], [8, 8, 8], [60]]
+LENGTHS = [9, 4, 7, 1, 8, 2, 5, 9]
 SCORES = [float(row % 3) - 1.0 for row in range(len(PROMPTS))]
 BATCH = 4
 
@@ -35,9 +37,14 @@ def settings(**more: Any) -> PPO:
 
 
 def rollouts(split: Split) -> list[Response]:
-    """Responses to PROMPTS; random models end now and then."""
-    generate = Generate(max_new_tokens=9, temperature=TEMPERATURE)
-    return decode(split, PROMPTS, generate, StopSequences(tokenizer(), []), 77, torch.Generator().manual_seed(0))
+    """Responses to PROMPTS, cut to LENGTHS as if they had ended there: a random model hardly ever does."""
+    generate = Generate(max_new_tokens=max(LENGTHS), temperature=TEMPERATURE)
+    noise = torch.Generator().manual_seed(0)
+    whole = decode(split, PROMPTS, generate, StopSequences(tokenizer(), []), 77, noise)
+    return [
+        replace(response, tokens=response.tokens[:length], states=response.states[: len(response.prompt) + length - 1])
+        for response, length in zip(whole, LENGTHS, strict=True)
+    ]
 
 
 def phase(split: Split, limits: Limits, ppo: PPO | None = None) -> tuple[Policy, list[Response], Any, Experience]:
