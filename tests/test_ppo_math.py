@@ -7,19 +7,15 @@ import statistics
 
 import pytest
 import torch
-from torch import Tensor
 
+from pipeline.config.methods import PPO
 from pipeline.config.training import Optimizer, Scheduler
 from pipeline.training.advantages import gae, kl_k1, kl_k3, token_rewards, whiten
 from pipeline.training.control import KLController, RunningMoments, clip_scores, scale_of
 from pipeline.training.experience import Packing
-from pipeline.training.losses import STATISTICS, ppo_loss
+from pipeline.training.losses import SUMS, Tokens, ppo_loss
 from pipeline.training.schedule import learning_rate
-
-
-def alone(values: Tensor) -> Tensor:
-    """The sum over one rank."""
-    return values
+from pipeline.training.spread import merged, part_of
 
 
 def test_gae_is_the_discounted_sum_of_residuals() -> None:
@@ -38,24 +34,20 @@ def test_gae_is_the_discounted_sum_of_residuals() -> None:
 
 
 def test_the_score_is_paid_on_the_last_sampled_token() -> None:
-    kl = torch.tensor([[0.5, 0.0, 0.0, 0.0], [0.1, 0.2, 0.3, 0.0], [1.0, 1.0, 1.0, 1.0]])
-    rewards = token_rewards(torch.tensor([2.0, -1.0, 3.0]), kl, torch.tensor([1, 3, 4]), beta=0.1)
-    expected = [[1.95, 0, 0, 0], [-0.01, -0.02, -1.03, 0], [-0.1, -0.1, -0.1, 2.9]]
+    kl = torch.tensor([0.5, 0.1, 0.2, 0.3, 1.0, 1.0, 1.0, 1.0])  # of responses of 1, 3 and 4 tokens
+    rewards = token_rewards([[(1, 2.0)], [(3, -1.0)], [(4, 3.0)]], kl, beta=0.1)
+    expected = [1.95, -0.01, -0.02, -1.03, -0.1, -0.1, -0.1, 2.9]
     torch.testing.assert_close(rewards, torch.tensor(expected))
 
 
 def test_whitening_spans_all_ranks_and_leaves_padding_out() -> None:
     ours, theirs = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([3.0, -2.0])
     everyone = torch.cat([ours, theirs])
-
-    def with_other_rank(values: Tensor) -> Tensor:
-        if values.dim():  # count and sum, then squared deviations from the common mean of 2
-            return values + torch.tensor([2.0, 1.0], dtype=torch.float64)
-        return values + (1.0 + 16.0)
-
-    white = whiten(ours, with_other_rank)
+    spread = merged([part_of(ours).tolist(), part_of(theirs).tolist()])
+    assert (spread.count, spread.least, spread.greatest) == (5, -2.0, 6.0)
     expected = (ours - everyone.mean()) / everyone.std(unbiased=False)
-    torch.testing.assert_close(white, expected)
+    torch.testing.assert_close(whiten(ours, spread), expected)
+    torch.testing.assert_close(whiten(ours, spread, shift_mean=False), expected + everyone.mean())
 
 
 def test_k3_estimates_kl_with_the_right_sign() -> None:
@@ -100,13 +92,19 @@ def test_losses_by_hand() -> None:
     values, old_values = torch.tensor([1.0, 0.1, 0.0, 0.0]), torch.zeros(4)
     returns = torch.tensor([2.0, 0.0, 0.0, 1.0])
     # clipped value of the first: 0.2, so its error is 1.8 and not 1.0
-    loss = ppo_loss(ratios.log(), values, old, old_values, advantages, returns, 0.2, 0.2)
-    assert loss.policy.item() == pytest.approx(-1.2 + 1.5 + 0.8 - 2.2, abs=1e-6)
-    assert loss.value.item() == pytest.approx(0.5 * (1.8**2 + 0.01 + 0.0 + 1.0), abs=1e-6)
-    logged = dict(zip(STATISTICS, loss.statistics.tolist(), strict=True))
+    tokens = Tokens(old, old, old_values, advantages, returns)
+    loss = ppo_loss(ratios.log(), values, None, tokens, PPO(vf_coef=0.5), kl_weight=0.0)
+    logged = dict(zip(SUMS, loss.sums.tolist(), strict=True))
+    policy, value = -1.2 + 1.5 + 0.8 - 2.2, 0.5 * (1.8**2 + 0.01 + 0.0 + 1.0)
+    assert loss.total.item() == pytest.approx(policy + 0.5 * value, abs=1e-6)
+    assert logged["losses/policy_loss"] == pytest.approx(policy, abs=1e-6)
+    assert logged["losses/value_loss"] == pytest.approx(value, abs=1e-6)
     assert logged["policy/clipfrac"] == 2 and logged["values/clipfrac"] == 1
     assert logged["ratio"] == pytest.approx(4.6)
     assert logged["policy/approx_kl"] == pytest.approx(sum(r - 1 - math.log(r) for r in (1.5, 1.5, 0.5, 1.1)), abs=1e-6)
+    assert logged["values/values_error"] == pytest.approx(1.0 + 0.01 + 0.0 + 1.0)
+    assert logged["values/mean"] == pytest.approx(1.1) and logged["values/squares"] == pytest.approx(1.01)
+    assert loss.extremes.tolist() == [0.0, 1.0]
 
 
 def test_learning_rate_is_a_function_of_the_step() -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config.check_losses import check_losses
+
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
 
@@ -51,6 +53,7 @@ def check_sizes(config: Config) -> None:
         )
     if ppo.scale_reward == "ref" and ppo.ref_std is None:
         raise ValueError('ppo.ref_std: is needed by ppo.scale_reward = "ref"; give the standard deviation')
+    check_losses(ppo, train.total_steps)
     for sequence in generate.stop_sequences:
         if not sequence:
             raise ValueError("generate.stop_sequences: an empty stop sequence would end every response; remove it")

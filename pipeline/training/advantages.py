@@ -1,18 +1,29 @@
-"""Rewards per token and generalised advantage estimation, on a phase's padded responses."""
+"""Rewards per token, and advantages from them: by a value function, or from the other answers to the same prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-SumOverRanks = Callable[[Tensor], Tensor]
+from pipeline.training.spread import Spread
+
+Estimator = Callable[[Tensor, Tensor], Tensor]
 
 
 def kl_k1(logprobs: Tensor, reference: Tensor) -> Tensor:
     """log pi - log ref per sampled token: unbiased, signed. Schulman 2020, "Approximating KL Divergence", k1."""
     return logprobs - reference
+
+
+def kl_k2(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """Half the squared log-ratio per sampled token: never negative, biased, of low variance. Schulman 2020, k2.
+
+    As a loss its gradient, (log pi - log ref) * grad log pi, is that of KL(pi || ref) without bias.
+    """
+    return 0.5 * (logprobs - reference).square()
 
 
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
@@ -25,13 +36,24 @@ def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     return torch.expm1(log_ratio) - log_ratio
 
 
-def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, beta: float) -> Tensor:
-    """-beta * kl per token, and the response's score on its last sampled token (its EOS, where it has one).
+ESTIMATORS: dict[str, Estimator] = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
-    scores (N,), kl (N, R) with zeros behind each response, lengths (N,) -> (N, R).
+
+def token_rewards(payments: Sequence[Sequence[tuple[int, float]]], kl: Tensor, beta: float) -> Tensor:
+    """-beta * kl per token, and what is paid on top, packed like `kl` (n,): responses one behind the other.
+
+    `payments`: of each response, (tokens, amount): the amount is paid on the token that makes it so long. The last
+    one is on its last sampled token (its EOS, where it has one).
     """
+    places, amounts, offset = [], [], 0
+    for paid in payments:
+        places += [offset + tokens - 1 for tokens, _ in paid]
+        amounts += [amount for _, amount in paid]
+        offset += paid[-1][0]
     rewards = -beta * kl
-    rewards[torch.arange(len(scores), device=scores.device), lengths - 1] += scores
+    rewards.index_add_(
+        0, torch.tensor(places, device=kl.device), torch.tensor(amounts, dtype=kl.dtype, device=kl.device)
+    )
     return rewards
 
 
@@ -42,38 +64,56 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     arXiv:1506.02438). `mask` (N, R) is 1 on sampled tokens; results are 0 elsewhere. Returns are A + V.
     """
     rewards, values = rewards * mask, values * mask
-    advantages = torch.zeros_like(values)
-    following = next_value = torch.zeros_like(values[:, 0])
-    for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        following = (delta + gamma * lam * following) * mask[:, t]
-        next_value = values[:, t]
-        advantages[:, t] = following
-    return advantages, (advantages + values) * mask
+    following = torch.zeros_like(values[:, 0])
+    deltas = rewards - values
+    deltas[:, :-1] += gamma * values[:, 1:]
+    advantages = []
+    for delta in reversed(deltas.unbind(dim=1)):  # behind a response's end all is 0
+        following = delta + gamma * lam * following
+        advantages.append(following)
+    result = torch.stack(advantages[::-1], dim=1) * mask
+    return result, (result + values) * mask
 
 
-def whiten(advantages: Tensor, sum_over_ranks: SumOverRanks) -> Tensor:
-    """Advantages of all the phase's tokens (n,), shifted and scaled to mean 0 and (biased) variance 1 over all ranks.
+def rloo(returns: Tensor, group: int) -> Tensor:
+    """Each answer's return less the mean return of its group's other answers; returns (N,), groups side by side.
 
-    Once a phase and not once a minibatch: the advantages are constants of the phase, a minibatch's own mean would
-    take away signal that differs between minibatches, and the result would depend on how the phase is cut up.
-    Padding takes no part. Float64 sums, so that the number of ranks shows in the last digits only.
+    REINFORCE leave-one-out (Kool et al. 2019; for language models Ahmadian et al. 2024, arXiv:2402.14740, eq. 8).
     """
-    wide = advantages.double()
-    count, total = sum_over_ranks(torch.stack([wide.new_tensor(float(wide.numel())), wide.sum()]))
-    mean = total / count
-    variance = sum_over_ranks((wide - mean).square().sum()) / count
-    white: Tensor = (wide - mean) * torch.rsqrt(variance + 1e-8)
-    return white.to(advantages.dtype)
+    groups = returns.view(-1, group)
+    others = (groups.sum(dim=1, keepdim=True) - groups) / (group - 1)
+    return (groups - others).view(-1)
 
 
-def explained_variance(values: Tensor, returns: Tensor, sum_over_ranks: SumOverRanks) -> float:
-    """1 - Var(returns - values) / Var(returns) over all ranks' tokens; 0 where the returns do not vary."""
-    error = (returns - values).double()
-    wide = returns.double()
-    sums = torch.stack(
-        [wide.new_tensor(float(wide.numel())), wide.sum(), wide.square().sum(), error.sum(), error.square().sum()]
-    )
-    count, s, ss, e, ee = sum_over_ranks(sums).tolist()
-    variance = ss / count - (s / count) ** 2
-    return 1.0 - (ee / count - (e / count) ** 2) / variance if variance > 1e-12 else 0.0
+def grpo(returns: Tensor, group: int) -> Tensor:
+    """Returns (N,) less their group's mean, divided by its (unbiased) standard deviation; 0 in a group of equals.
+
+    Shao et al. 2024, arXiv:2402.03300, section 4.1.2.
+    """
+    groups = returns.view(-1, group)
+    centred = groups - groups.mean(dim=1, keepdim=True)
+    return (centred / (groups.std(dim=1, keepdim=True) + 1e-6)).view(-1)
+
+
+def whiten(values: Tensor, spread: Spread, shift_mean: bool = True) -> Tensor:
+    """Values (n,) of one rank, scaled to (biased) variance 1 over all ranks, of which `spread` tells.
+
+    `shift_mean` also takes their mean to 0; without, it stays. Advantages: once a phase and not once a minibatch.
+    They are constants of the phase, a minibatch's own mean would take away signal that differs between minibatches,
+    and the result would depend on how the phase is cut up. Padding takes no part.
+    """
+    mean = spread.mean
+    white = (values.double() - mean) / math.sqrt(spread.variance + 1e-8)
+    return (white if shift_mean else white + mean).to(values.dtype)
+
+
+def increments(scores: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Rewards from scores of a response's ever longer prefixes, (tokens, score) each: what each adds to the one before.
+
+    Their sum is the last score, that of the whole response.
+    """
+    rewards, before = [], 0.0
+    for tokens, score in scores:
+        rewards.append((tokens, score - before))
+        before = score
+    return rewards

@@ -5,7 +5,7 @@ Packed means: the sampled tokens of row 0, then of row 1, and so on, (N,) in all
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,33 +58,35 @@ class Packing:
         return torch.arange(max(self.lengths), device=device)[None, :] < lengths[:, None]
 
 
+class Batches:
+    """The micro-batches of a phase. Where their tokens are is worked out once, and sent to the device at once."""
+
+    def __init__(self, responses: Sequence[Response], packing: Packing, forwards: Iterable[Sequence[int]]) -> None:
+        self._responses = responses
+        self._slices: dict[tuple[int, ...], slice] = {}
+        offsets = packing.offsets
+        places, end = [], 0
+        for rows in forwards:
+            if tuple(rows) in self._slices:
+                continue
+            width = max(len(responses[row].states) for row in rows)
+            for place, row in enumerate(rows):
+                first = place * width + len(responses[row].prompt) - 1
+                steps = torch.arange(packing.lengths[row])
+                places.append(torch.stack([first + steps, offsets[row] + steps]))
+            start, end = end, end + sum(packing.lengths[row] for row in rows)
+            self._slices[tuple(rows)] = slice(start, end)
+        device = responses[0].states.device
+        self._places = torch.cat(places, dim=1).to(device)  # (2, all forwards' tokens)
+        self._targets = torch.tensor([token for response in responses for token in response.tokens]).to(device)  # (N,)
+
+    def of(self, rows: Sequence[int]) -> MicroBatch:
+        """The micro-batch of some rows. Sampled ids are taken as they were sampled."""
+        states = pad_sequence([self._responses[row].states for row in rows], batch_first=True)  # (B, T, H)
+        index, packed = self._places[:, self._slices[tuple(rows)]]
+        return MicroBatch(states, index, self._targets[packed], packed)
+
+
 def collate(responses: Sequence[Response], rows: Sequence[int], packing: Packing) -> MicroBatch:
-    """The micro-batch of some rows of a phase. Sampled ids are taken as they were sampled."""
-    chosen = [responses[row] for row in rows]
-    device = chosen[0].states.device
-    states = pad_sequence([response.states for response in chosen], batch_first=True)  # (B, T, H)
-    width = states.shape[1]
-    offsets = packing.offsets
-    index, packed = [], []
-    for place, (row, response) in enumerate(zip(rows, chosen, strict=True)):
-        first = place * width + len(response.prompt) - 1
-        index.append(torch.arange(first, first + len(response.tokens)))
-        packed.append(torch.arange(offsets[row], offsets[row] + len(response.tokens)))
-    targets = torch.tensor([token for response in chosen for token in response.tokens])
-    return MicroBatch(states, torch.cat(index).to(device), targets.to(device), torch.cat(packed).to(device))
-
-
-Minibatch = list[list[int]]
-"""The rows of one optimiser step, by micro-batch."""
-
-
-def plan_epoch(lengths: Sequence[int], batch_size: int, micro_batch_size: int, order: Sequence[int]) -> list[Minibatch]:
-    """Cut the rows, in `order`, into minibatches; inside each, rows of like length share a micro-batch.
-
-    Which rows meet in an optimiser step is left to chance; how a step is cut into forwards is not part of the result.
-    """
-    plan = []
-    for start in range(0, len(order), batch_size):
-        rows = sorted(order[start : start + batch_size], key=lambda row: (lengths[row], row))
-        plan.append([rows[i : i + micro_batch_size] for i in range(0, len(rows), micro_batch_size)])
-    return plan
+    """One micro-batch, of some rows of a phase."""
+    return Batches(responses, packing, [rows]).of(rows)

@@ -8,8 +8,9 @@ from typing import Any
 
 from pipeline.serving.usage import Traffic
 from pipeline.training.decode import Response
-from pipeline.training.experience import Minibatch, Packing
+from pipeline.training.experience import Packing
 from pipeline.training.metrics import Row
+from pipeline.training.microbatches import Minibatch
 from pipeline.training.state import TrainState, state_from
 from pipeline.training.update import Experience, Targets
 from pipeline.training.updater import Taken

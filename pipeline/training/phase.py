@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,15 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from pipeline.config.schema import Config
 from pipeline.run.directory import RunDir
-from pipeline.training.advantages import explained_variance
-from pipeline.training.control import KLController, clip_scores, scale_of
+from pipeline.training.control import KLController, scale_of
 from pipeline.training.decode import Response
+from pipeline.training.dense import Scores, scores_of, shaped
 from pipeline.training.dumps import rollout_rows, write_rollouts
-from pipeline.training.experience import Minibatch
-from pipeline.training.figures import arithmetic, distributions, memory_row, padding_share, peak_flops
+from pipeline.training.hardware import arithmetic, memory_row, padding_share, peak_flops
 from pipeline.training.metrics import Row
+from pipeline.training.microbatches import Minibatch, limits_of, plan_phase
 from pipeline.training.open_phase import OpenPhase, experience_from, phase_from
 from pipeline.training.prompts import generator_for, phase_prompts
 from pipeline.training.reward_source import server_figures
@@ -26,7 +27,7 @@ from pipeline.training.rollout import PendingScores, Sampler
 from pipeline.training.split import Top
 from pipeline.training.state import Data, TrainState
 from pipeline.training.stop import StopRequest
-from pipeline.training.update import Experience, experience, mean_kl, plan_phase, reference_function, targets_of
+from pipeline.training.update import experience, reference_function, targets_of
 from pipeline.training.updater import Updater
 
 if TYPE_CHECKING:
@@ -53,31 +54,47 @@ class Phases:
         started, began = time.monotonic(), time.time()
         self.sampler.scorer.traffic()  # an evaluation's is not this phase's
         config, ppo, ranks = self.config, self.config.ppo, self.ranks
-        rows = phase_prompts(state.phase, ranks.rank, ranks.world, ppo.num_rollouts, len(self.data.train), config.seed)
+        rows = phase_prompts(
+            state.phase,
+            ranks.rank,
+            ranks.world,
+            ppo.num_rollouts,
+            len(self.data.train),
+            config.seed,
+            ppo.group_size,
+        )
         responses, pending = self.sample(rows, state.phase)
         if ranks.any(bool(self.stop)):
             return None
         sampled = time.monotonic()
 
-        plans = self.plans([len(response.tokens) for response in responses], state.phase)
+        plans = self.plans([len(response.states) for response in responses], state.phase)
         temperature = config.generate.temperature
         reference = reference_function(self.reference, temperature, self.updater.accelerator.autocast)
         exp = experience(self.updater.policy, reference, responses, plans[0], temperature)
         estimated = time.monotonic()
 
-        raw_scores = scores = [score for chunk in pending for score in chunk.result()]
+        answers = [score for chunk in pending for score in chunk.result()]
         scored = time.monotonic()
-        if self.data.train_baselines is not None:
-            scores = [score - self.data.train_baselines[row] for row, score in zip(rows, scores, strict=True)]
-        clipped = clip_scores(scores, ppo.cliprange_reward)
-        everyone = [score for part in ranks.gather(clipped) for score in part]
+        found = scores_of(responses, answers, ppo.dense_reward_every, self.sampler.scoring)
+        scores = self._shaped(rows, responses, found)
+        ours = torch.tensor([score.whole for score in scores], dtype=torch.float64, device=ranks.device)
+        everyone = ranks.gather_rows(ours).flatten().tolist()
         moments = state.moments.updated(everyone)
         scale = scale_of(ppo.scale_reward, ppo.ref_std, moments)
         controller = KLController(state.kl_coefficient, ppo.target, ppo.horizon)
-        targets = targets_of(exp, [score / scale for score in clipped], controller.coefficient, ppo, ranks)
-        kl, kl_per_token = mean_kl(exp, ranks)
+        targets = targets_of(
+            exp,
+            [score.whole / scale for score in scores],
+            controller.coefficient,
+            ppo,
+            ranks,
+            [[(length, each / scale) for length, each in score.beginnings] for score in scores],
+        )
+        kl = targets.figures["policy/kl"]
         if config.train.log_rollouts:
-            dumped = ranks.gather(rollout_rows(exp, self.sampler, rows, raw_scores, clipped))
+            raw, used = [each.whole for each in found], [each.whole for each in scores]
+            dumped = ranks.gather(rollout_rows(exp, self.sampler, rows, raw, used))
             if ranks.first:
                 write_rollouts(self.folder, state.phase, state.step, dumped)
         waited = max(ranks.gather(scored - estimated))
@@ -89,15 +106,8 @@ class Phases:
             "rollout_scores/std": statistics.pstdev(everyone),
             "rollout_scores/running_mean": moments.mean,
             "rollout_scores/running_std": moments.std,
-            "policy/sqrt_kl": math.sqrt(max(kl, 0.0)),
-            "policy/kl": kl,
-            "policy/kl_per_token": kl_per_token,
             "kl_ctl_value": controller.coefficient,
-            "values/explained_variance": explained_variance(exp.values, targets.returns, ranks.sum),
-            **token_row(exp, ranks),
-            **distributions(
-                {"old_values": exp.values, "returns": targets.returns, "advantages": targets.advantages}, ranks
-            ),
+            **targets.figures,
             "padding_percentage": 100.0 * padding_share(plans[0], [len(each.states) for each in responses]),
             "time/rollout_generate": sampled - started,
             "time/forward": estimated - sampled,
@@ -122,7 +132,9 @@ class Phases:
     def reopen(self, raw: Mapping[str, Any]) -> OpenPhase:
         """A phase as a checkpoint in the middle of it holds it."""
         exp, targets = experience_from(raw, self.ranks.device)
-        return phase_from(raw, exp, targets, self.plans(exp.packing.lengths, raw["row"]["phase"]))
+        return phase_from(
+            raw, exp, targets, self.plans([len(each.states) for each in exp.responses], raw["row"]["phase"])
+        )
 
     def advance(self, phase: OpenPhase, pause: Callable[[int], bool]) -> None:
         """Train the phase's epochs, to their end or to where `pause` says."""
@@ -147,11 +159,10 @@ class Phases:
         row |= server_figures(self.run, phase.traffic, phase.began)
         return replace(phase.after, step=phase.step, seconds=phase.after.seconds + phase.seconds), row
 
-    def plans(self, lengths: Sequence[int], phase: int) -> list[list[Minibatch]]:
-        """The phase's minibatches, epoch by epoch."""
-        train = self.config.train
-        micro = train.micro_batch_size or train.batch_size
-        return plan_phase(lengths, self.config.ppo, train.batch_size, micro, self.config.seed, self.ranks.rank, phase)
+    def plans(self, widths: Sequence[int], phase: int) -> list[list[Minibatch]]:
+        """The phase's minibatches, epoch by epoch; `widths` are the rows' lengths in a forward."""
+        train, seed = self.config.train, (self.config.seed, self.ranks.rank, phase)
+        return plan_phase(widths, self.config.ppo, train.batch_size, limits_of(train), self.ranks, *seed)
 
     def arithmetic_row(self, phase: OpenPhase, row: Row) -> Row:
         """FLOP/s of all devices together, and their share of the devices' peak where that is known."""
@@ -181,32 +192,17 @@ class Phases:
                 break
             prompts = [self.data.train[row].prompt for row in rows[start : start + size]]
             generator = generator_for(self.ranks.device, self.config.seed, "rollout", self.ranks.rank, phase, chunk)
-            more, scores = self.sampler.sample(prompts, generator)
+            more, scores = self.sampler.sample(prompts, generator, self.config.ppo.dense_reward_every)
             responses += more
             pending.append(scores)
         return responses, pending
 
-
-def token_row(exp: Experience, ranks: Ranks) -> Row:
-    """Counts and means over all ranks' responses."""
-    responses = exp.responses
-    sums = exp.logprobs.new_tensor(
-        [
-            len(responses),
-            sum(len(response.prompt) for response in responses),
-            sum(len(response.tokens) for response in responses),
-            sum(response.finish == "eos" for response in responses),
-            sum(response.finish == "stop" for response in responses),
-            float(exp.entropy.sum()),
+    def _shaped(self, rows: Sequence[int], responses: Sequence[Response], found: Sequence[Scores]) -> list[Scores]:
+        """What the reward model said of each response, less its baseline, clipped, and less the penalty for no end."""
+        ppo, known = self.config.ppo, self.data.train_baselines or {}
+        baselines = [known[row] if self.data.train_baselines is not None else 0.0 for row in rows]
+        penalties = [ppo.missing_eos_penalty if response.finish == "length" else 0.0 for response in responses]
+        return [
+            shaped(score, baseline, ppo.cliprange_reward, penalty)
+            for score, baseline, penalty in zip(found, baselines, penalties, strict=True)
         ]
-    ).double()
-    rows, prompt, tokens, eos, stopped, entropy = ranks.sum(sums).tolist()
-    return {
-        "tokens/prompt": int(prompt),
-        "tokens/response": int(tokens),
-        "response_length/mean": tokens / rows,
-        "finished/eos": eos / rows,
-        "finished/stop": stopped / rows,
-        "finished/length": 1.0 - (eos + stopped) / rows,
-        "policy/entropy": entropy / tokens,
-    }

@@ -34,6 +34,7 @@ from pipeline.run.work import Progress, parse_work, write_result
 from pipeline.serving.model_store import reward_folder
 from pipeline.training.baselines import baseline_scores
 from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.critic_warmup import parameter_groups
 from pipeline.training.metrics import read_rows
 from pipeline.training.model_card import Card, write_card, write_generation_config
 from pipeline.training.models import check_positions, disable_dropout, load_causal_lm, save_model
@@ -188,10 +189,11 @@ def prepare(split: Split, reference: torch.nn.Module, config: Config, accelerato
     DeepSpeed turns them to bf16 and keeps float32 masters, so its reference must be bf16 as well.
     """
     policy = Policy(split.top, split.hidden_size, derive_seed(config.seed, "value head")).to(split.device)
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    policy.value.requires_grad_(config.ppo.advantage == "gae")  # else there is nothing to train it by
     settings = config.optimizer
+    groups = parameter_groups(policy, policy.value)
     optimizer = torch.optim.AdamW(
-        trained, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+        groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
     )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         plugin = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -214,8 +216,9 @@ def load_data(run: RunDir, config: Config, sampler: Sampler, ranks: Ranks, progr
         if ranks.first:
             progress.update(0, note)
 
-    phases = -(-config.train.total_steps // steps_per_phase(config))
-    used = all_prompts(phases, ranks.world, config.ppo.num_rollouts, len(train), config.seed)
+    steps = 1 if config.ppo.max_update_kl else steps_per_phase(config)  # a phase that ends early has at least one
+    phases = -(-config.train.total_steps // steps)
+    used = all_prompts(phases, ranks.world, config.ppo.num_rollouts, len(train), config.seed, config.ppo.group_size)
     shared, scoring, scorer = config.serving.baseline_cache, sampler.scoring, sampler.scorer
     cache = Path(shared).expanduser() if shared else run.root / "cache"
     return Data(
@@ -228,8 +231,7 @@ def load_data(run: RunDir, config: Config, sampler: Sampler, ranks: Ranks, progr
 
 def start_accelerator(run: RunDir, config: Config) -> Accelerator:
     """The Accelerator; its tracker is yet to be started."""
-    accumulation = -(-config.train.batch_size // (config.train.micro_batch_size or config.train.batch_size))
-    return make_accelerator(accumulation, tracker_of(config), run.tracker)
+    return make_accelerator(1, tracker_of(config), run.tracker)  # the updater counts micro-batches itself
 
 
 def save_policy(split: Split, tokenizer: Any, folder: Path, accelerator: Accelerator, ranks: Ranks) -> None:

@@ -31,15 +31,19 @@ def prompt_at(position: int, size: int, seed: int) -> int:
     return _permutation(size, seed, position // size)[position % size]
 
 
-def phase_prompts(phase: int, rank: int, world: int, count: int, size: int, seed: int) -> list[int]:
-    """The rows that a rank samples in a phase: its `count` of the phase's world * count positions."""
-    start = (phase * world + rank) * count
-    return [prompt_at(position, size, seed) for position in range(start, start + count)]
+def phase_prompts(phase: int, rank: int, world: int, count: int, size: int, seed: int, group: int = 1) -> list[int]:
+    """The rows that a rank samples in a phase: each of its count / group positions' rows `group` times in a row.
+
+    A group thus is on one rank, and `count` must be a multiple of `group`.
+    """
+    prompts = count // group
+    start = (phase * world + rank) * prompts
+    return [prompt_at(position, size, seed) for position in range(start, start + prompts) for _ in range(group)]
 
 
-def all_prompts(phases: int, world: int, count: int, size: int, seed: int) -> list[int]:
+def all_prompts(phases: int, world: int, count: int, size: int, seed: int, group: int = 1) -> list[int]:
     """Every row that a whole training uses, in order, without repetitions."""
-    total = phases * world * count
+    total = phases * world * (count // group)
     if total >= size:
         return list(range(size))
     return sorted({prompt_at(position, size, seed) for position in range(total)})

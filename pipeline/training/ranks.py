@@ -38,6 +38,15 @@ class Ranks:
         dist.all_reduce(total)
         return total.to(values.device)
 
+    def gather_rows(self, values: Tensor) -> Tensor:
+        """Every rank's `values`, of one shape everywhere, in rank order: (world, ...), on every rank."""
+        if self.world == 1:
+            return values.detach()[None]
+        ours = values.detach().to(self.device).contiguous()
+        parts = [torch.empty_like(ours) for _ in range(self.world)]
+        dist.all_gather(parts, ours)
+        return torch.stack(parts).to(values.device)
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's picklable value in rank order, on every rank."""
         if self.world == 1:

@@ -13,6 +13,7 @@ import torch
 from pipeline.config.training import Generate
 from pipeline.data.tokens import encode, end_id
 from pipeline.training.decode import Response, decode
+from pipeline.training.dense import sequences
 from pipeline.training.scoring_text import ScoringText
 from pipeline.training.split import Split
 
@@ -74,13 +75,20 @@ class Sampler:
         """The ids that a response is sampled behind."""
         return encode(self.tokenizer, prompt)[-self.prompt_length :]
 
-    def sample(self, prompts: Sequence[str], generator: torch.Generator) -> tuple[list[Response], PendingScores]:
-        """Sample one response a prompt; their scores are on their way when this returns."""
+    def sample(
+        self, prompts: Sequence[str], generator: torch.Generator, dense_every: int = 0
+    ) -> tuple[list[Response], PendingScores]:
+        """Sample one response a prompt; their scores are on their way when this returns.
+
+        With `dense_every` those of its beginnings come before a response's own: see `dense.scores_of`.
+        """
         pending = PendingScores(self.scorer, group=max(1, len(prompts) // 4))
 
         def ask(finished: list[Response]) -> None:
             for response in finished:
-                pending.add(response.row, self.scoring.sequence(prompts[response.row], response))
+                parts = sequences(prompts[response.row], response, dense_every, self.scoring)
+                for place, part in enumerate(parts, response.row * (1 + self.generate.max_new_tokens)):
+                    pending.add(place, part)
 
         with self.autocast():
             responses = decode(

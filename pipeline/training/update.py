@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.config.methods import PPO
-from pipeline.training.advantages import gae, kl_k1, kl_k3, token_rewards, whiten
+from pipeline.training.advantages import ESTIMATORS, gae, grpo, increments, rloo, token_rewards, whiten
 from pipeline.training.decode import Response
-from pipeline.training.experience import Minibatch, Packing, collate, plan_epoch
+from pipeline.training.experience import Batches, Packing
+from pipeline.training.figures import phase_figures
+from pipeline.training.microbatches import Minibatch
 from pipeline.training.policy import reference_logprobs
-from pipeline.training.prompts import derive_seed
 from pipeline.training.ranks import Ranks
 from pipeline.training.split import Top
+from pipeline.training.spread import merged, part_of
 
 
 @dataclass(frozen=True)
@@ -37,18 +39,10 @@ class Targets:
 
     advantages: Tensor
     returns: Tensor
-
-
-def plan_phase(
-    lengths: Sequence[int], ppo: PPO, batch_size: int, micro: int, *seed: int | str
-) -> list[list[Minibatch]]:
-    """The phase's minibatches, epoch by epoch; each epoch cuts a fresh permutation of the rows."""
-    plans = []
-    for epoch in range(ppo.ppo_epochs):
-        generator = torch.Generator().manual_seed(derive_seed(*seed, "epoch", epoch))
-        order = torch.randperm(len(lengths), generator=generator).tolist()
-        plans.append(plan_epoch(lengths, batch_size, micro, order))
-    return plans
+    kl_weight: float = 0.0
+    """Weight of the KL in the loss; 0 where it is paid as reward."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """What to log of the phase, over all ranks."""
 
 
 @torch.no_grad()
@@ -67,14 +61,15 @@ def experience(
     packing = Packing([len(response.tokens) for response in responses])
     total = sum(packing.lengths)
     logprobs, ref, values, entropy = (torch.empty(total, device=responses[0].states.device) for _ in range(4))
-    for minibatch in first_epoch:
-        for rows in minibatch:
-            batch = collate(responses, rows, packing)
-            outputs = policy(batch.states, batch.index, batch.targets, temperature, with_entropy=True)
-            logprobs[batch.packed] = outputs.logprobs
-            values[batch.packed] = outputs.values
-            entropy[batch.packed] = outputs.entropy
-            ref[batch.packed] = reference(batch.states, batch.index, batch.targets)
+    forwards = [rows for minibatch in first_epoch for rows in minibatch]
+    batches = Batches(responses, packing, forwards)
+    for rows in forwards:
+        batch = batches.of(rows)
+        outputs = policy(batch.states, batch.index, batch.targets, temperature, with_entropy=True)
+        logprobs[batch.packed] = outputs.logprobs
+        values[batch.packed] = outputs.values
+        entropy[batch.packed] = outputs.entropy
+        ref[batch.packed] = reference(batch.states, batch.index, batch.targets)
     return Experience(responses, packing, logprobs, ref, values, entropy)
 
 
@@ -90,22 +85,42 @@ def reference_function(
     return logprobs
 
 
-def targets_of(exp: Experience, scores: Sequence[float], beta: float, ppo: PPO, ranks: Ranks) -> Targets:
-    """Advantages, whitened over all ranks, and returns, from one (scaled) score a response."""
+def targets_of(
+    exp: Experience,
+    scores: Sequence[float],
+    beta: float,
+    ppo: PPO,
+    ranks: Ranks,
+    prefixes: Sequence[Sequence[tuple[int, float]]] | None = None,
+) -> Targets:
+    """Advantages and returns from one (scaled) score a response, and what to log: two exchanges between ranks at most.
+
+    `prefixes`: of each response, (tokens, score) of shorter parts of it; the score's growth is then paid where it
+    arose. With a value function advantages are whitened over all ranks' tokens, returns are not. Without one a
+    response's return, with its KL penalty, is compared within its group, and all its tokens get the same advantage.
+    """
     packing, device = exp.packing, exp.logprobs.device
-    rewards = token_rewards(
-        torch.tensor(scores, device=device, dtype=torch.float32),
-        packing.pad(kl_k1(exp.logprobs, exp.reference)),
-        torch.tensor(packing.lengths, device=device),
-        beta,
+    in_reward = ppo.kl_placement == "reward"
+    penalty = ESTIMATORS[ppo.kl_estimator](exp.logprobs, exp.reference)
+    lengths = torch.tensor(packing.lengths, device=device)
+    parts = prefixes or [[] for _ in scores]
+    wholes = zip(packing.lengths, scores, strict=True)
+    paid = [increments([*shorter, whole]) for shorter, whole in zip(parts, wholes, strict=True)]
+    rewards = token_rewards(paid, penalty, beta if in_reward else 0.0)
+    if ppo.whiten_rewards:
+        rewards = whiten(rewards, merged(ranks.gather_rows(part_of(rewards)).tolist()), shift_mean=False)
+    if ppo.advantage == "gae":
+        padded = packing.pad(rewards), packing.pad(exp.values)
+        advantages, returns = map(packing.pack, gae(*padded, packing.mask(device), ppo.gamma, ppo.lam))
+    else:
+        sums = packing.pad(rewards).sum(dim=1)
+        compared = (rloo if ppo.advantage == "rloo" else grpo)(sums, ppo.group_size)
+        advantages, returns = compared.repeat_interleave(lengths), sums.repeat_interleave(lengths)
+    figures, spread = phase_figures(
+        exp.responses, exp.logprobs, exp.reference, exp.entropy, exp.values, advantages, returns, ranks
     )
-    advantages, returns = gae(rewards, packing.pad(exp.values), packing.mask(device), ppo.gamma, ppo.lam)
-    return Targets(whiten(packing.pack(advantages), ranks.sum), packing.pack(returns))
-
-
-def mean_kl(exp: Experience, ranks: Ranks) -> tuple[float, float]:
-    """KL(policy || reference) by k3: mean nats per response, and per token, over all ranks."""
-    total = kl_k3(exp.logprobs, exp.reference).double().sum()
-    counts = total.new_tensor([len(exp.responses), len(exp.logprobs)])
-    kl, rows, tokens = ranks.sum(torch.cat([total[None], counts])).tolist()
-    return kl / rows, kl / tokens
+    if ppo.advantage == "gae":
+        advantages = whiten(advantages, spread)
+    else:
+        del figures["values/explained_variance"]  # there is no value function
+    return Targets(advantages, returns, 0.0 if in_reward else beta, figures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,17 @@ from torch import Tensor
 
 from pipeline.config.methods import PPO
 from pipeline.errors import UserError
-from pipeline.training.experience import Minibatch, collate
-from pipeline.training.losses import STATISTICS, ppo_loss
+from pipeline.training.critic_warmup import begin_policy, set_rates
+from pipeline.training.experience import Batches
+from pipeline.training.losses import EXTREMES, SUMS, Tokens, ppo_loss
+from pipeline.training.microbatches import Minibatch, padded_tokens
 from pipeline.training.ranks import Ranks
 from pipeline.training.update import Experience, Targets
+
+SKIPPED = -1.0
+"""The norm of a step that fp16's loss scaler left out because gradients overflowed."""
+KL = SUMS.index("policy/approx_kl")
+RATIO = SUMS.index("ratio")
 
 
 @dataclass
@@ -24,7 +32,7 @@ class Taken:
     """The optimiser steps that were taken of a phase. With the plan it says where to go on, and what to log at last."""
 
     sums: Tensor
-    """(steps, 2 + len(STATISTICS)) float64: this rank's sums over tokens of both losses and the statistics."""
+    """(steps, SUMS and EXTREMES) float64: this rank's sums over tokens, and its extremes."""
     norms: list[float]
     """Of the gradient, a step."""
     complete: bool = False
@@ -60,70 +68,123 @@ class Updater:
         `pause` is asked before each step, by its count, and must give every rank the same answer.
 
         Every loss is a sum over the minibatch's tokens of all ranks, divided by their number: how a minibatch is cut
-        into micro-batches and spread over ranks does not change it. UserError when a loss or gradient is not finite.
+        into micro-batches and spread over ranks does not change it. The phase ends early, and is complete, behind a
+        step that found the policy more than `ppo.max_update_kl` from where it was sampled: all ranks see the same
+        KL, and what is saved with the steps taken includes it. UserError when a loss or gradient is not finite.
         """
         minibatches = [minibatch for plan in plans for minibatch in plan][: last_step - first]
-        counts = [sum(exp.packing.lengths[row] for rows in batch for row in rows) for batch in minibatches]
-        tokens = self.ranks.sum(torch.tensor(counts, dtype=torch.float64, device=self.ranks.device)).tolist()
-        sums = torch.zeros(len(minibatches), len(STATISTICS) + 2, dtype=torch.float64, device=self.ranks.device)
-        norms = list(taken.norms) if taken else []
+        tokens, padding = self._counts(exp, plans, minibatches)
+        batches = Batches(exp.responses, exp.packing, [rows for minibatch in minibatches for rows in minibatch])
+        sums = torch.zeros(len(minibatches), len(SUMS) + len(EXTREMES), dtype=torch.float64, device=self.ranks.device)
+        done = len(taken.norms) if taken else 0
         if taken:
-            sums[: len(norms)] = taken.sums.to(sums.device)
-        for place in range(len(norms), len(minibatches)):
-            if pause(first + place):
+            sums[:done] = taken.sums.to(sums.device)
+        norms: list[Any] = list(taken.norms) if taken else []
+        over = bool(taken and taken.complete)
+        while done < len(minibatches) and not over:
+            if pause(first + done):
                 break
-            self._set_rate(self.rate(first + place))
-            sums[place] = self._step(exp, targets, minibatches[place], tokens[place])
-            norms.append(self._norm)
-        done = Taken(sums[: len(norms)], norms, complete=len(norms) == len(minibatches))
-        return done, self._row(done, tokens[: len(norms)], first + len(norms)) if norms else {}
+            alone = first + done < self.ppo.critic_warmup_steps
+            if first + done == self.ppo.critic_warmup_steps > 0:
+                begin_policy(self.optimizer)
+            set_rates(self.optimizer, self.rate(first + done), alone)
+            sums[done], norm = self._step(exp, targets, batches, minibatches[done], tokens[done], alone)
+            norms.append(norm)
+            over = self._too_far(sums[done], tokens[done])
+            done += 1
+        complete = over or done == len(minibatches)
+        result = Taken(sums[:done], [float(norm) for norm in norms], complete)
+        if not done:
+            return result, {}
+        row = self._row(result, tokens[:done], first + done, targets.kl_weight)
+        row["padding_percentage"] = padding
+        row["update/epochs"] = done / max(1, len(plans[0]))
+        row["update/stopped_early"] = float(complete and done < len(minibatches))
+        return result, row
 
-    def _row(self, taken: Taken, tokens: Sequence[float], step: int) -> dict[str, float]:
+    def _counts(
+        self, exp: Experience, plans: Sequence[Sequence[Minibatch]], minibatches: Sequence[Minibatch]
+    ) -> tuple[list[float], float]:
+        """Each minibatch's sampled tokens over all ranks, and the share (%) of padding in all forwards."""
+        counts = [sum(exp.packing.lengths[row] for rows in batch for row in rows) for batch in minibatches]
+        widths = [len(response.states) for response in exp.responses]
+        everything = torch.tensor([*counts, *padded_tokens(plans, widths)], dtype=torch.float64)
+        *tokens, padded, real = self.ranks.sum(everything.to(self.ranks.device)).tolist()
+        return tokens, 100.0 * (1.0 - real / padded)
+
+    def _too_far(self, sums: Tensor, tokens: float) -> bool:
+        """Whether this step found the policy beyond ppo.max_update_kl; the same on every rank."""
+        limit = self.ppo.max_update_kl
+        return limit is not None and bool(self.ranks.sum(sums[KL : KL + 1]).item() / tokens > limit)
+
+    def _row(self, taken: Taken, tokens: Sequence[float], step: int, kl_weight: float) -> dict[str, float]:
         """Means over the steps taken, of which `tokens` were trained each."""
-        means = (self.ranks.sum(taken.sums) / torch.tensor(tokens, device=taken.sums.device)[:, None]).cpu()
+        everyone = self.ranks.gather_rows(taken.sums).cpu()  # (world, steps, SUMS and EXTREMES)
+        means = everyone[..., : len(SUMS)].sum(dim=0) / torch.tensor(tokens)[:, None]
         if not bool(torch.isfinite(means).all()) or not all(map(math.isfinite, taken.norms)):
             raise UserError(
                 f"train: a loss or gradient up to optimiser step {step} is not finite; lower optimizer.lr, or raise "
                 "ppo.init_kl_coef"
             )
-        names = ("losses/policy_loss", "losses/value_loss", *STATISTICS)
-        row = dict(zip(names, means.mean(dim=0).tolist(), strict=True))
-        row["losses/total_loss"] = row["losses/policy_loss"] + self.ppo.vf_coef * row["losses/value_loss"]
-        row["policy/approx_kl_first"] = means[0, 2].item()
-        row["ratio_first"] = means[0, 4].item()
-        row["grad_norm"] = sum(taken.norms) / len(taken.norms)
+        row = dict(zip(SUMS, means.mean(dim=0).tolist(), strict=True))
+        row["values/std"] = max(row.pop("values/squares") - row["values/mean"] ** 2, 0.0) ** 0.5
+        least, greatest = everyone[..., len(SUMS) :].amax(dim=(0, 1)).tolist()
+        row |= {"values/min": -least, "values/max": greatest}
+        if self.ppo.advantage != "gae":  # there is no value function
+            row = {name: value for name, value in row.items() if not name.startswith(("values/", "losses/value"))}
+        row["losses/total_loss"] = (
+            row["losses/policy_loss"]
+            + self.ppo.vf_coef * row.get("losses/value_loss", 0.0)
+            + kl_weight * row["losses/kl"]
+            - self.ppo.entropy_coef * row["losses/entropy"]
+        )
+        for name, used in (("losses/kl", kl_weight), ("losses/entropy", self.ppo.entropy_coef)):
+            if not used:
+                del row[name]
+        norms = [norm for norm in taken.norms if norm != SKIPPED]
+        row["grad_norm"] = sum(norms) / max(1, len(norms))
+        row["update/skipped"] = float(len(taken.norms) - len(norms))
+        row["policy/approx_kl_first"] = means[0, KL].item()
+        row["ratio_first"] = means[0, RATIO].item()
         row["learning_rate_group_0"] = self.rate(step - 1)
         return row
 
-    def _step(self, exp: Experience, targets: Targets, minibatch: Minibatch, tokens: float) -> Tensor:
-        """One optimiser step; returns this rank's sums of policy loss, value loss and STATISTICS."""
-        sums = torch.zeros(len(STATISTICS) + 2, dtype=torch.float64, device=self.ranks.device)
-        # Data parallelism averages gradients over ranks, and accumulation over micro-batches; we want their sum.
-        undo_means = self.ranks.world * len(minibatch)
-        for rows in minibatch:
-            with self.accelerator.accumulate(self.policy):
-                batch = collate(exp.responses, rows, exp.packing)
-                outputs = self.policy(batch.states, batch.index, batch.targets, self.temperature)
-                loss = ppo_loss(
-                    outputs.logprobs,
-                    outputs.values,
-                    exp.logprobs[batch.packed],
-                    exp.values[batch.packed],
-                    targets.advantages[batch.packed],
-                    targets.returns[batch.packed],
-                    self.ppo.cliprange,
-                    self.ppo.cliprange_value,
-                )
-                total = (loss.policy + self.ppo.vf_coef * loss.value) * (undo_means / tokens)
-                self.accelerator.backward(total)
-                if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-                    self._norm = float(norm) if norm is not None else 0.0
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            sums += torch.cat([torch.stack([loss.policy.detach(), loss.value.detach()]).double(), loss.statistics])
-        return sums
+    def _step(
+        self, exp: Experience, targets: Targets, batches: Batches, minibatch: Minibatch, tokens: float, alone: bool
+    ) -> tuple[Tensor, Any]:
+        """One optimiser step; returns this rank's sums and extremes, and the gradient's norm.
 
-    def _set_rate(self, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        Gradients are exchanged in the last micro-batch only (ZeRO-2 and 3 do so in each). How many there are may
+        differ from step to step, so where the last one is is said here and not counted by accelerate or DeepSpeed.
+        """
+        # Data parallelism averages gradients over ranks, accelerate or DeepSpeed over accumulation; we want their sum.
+        undo_means = self.ranks.world * self.accelerator.gradient_accumulation_steps
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.ranks.device)
+        extremes = torch.full((len(EXTREMES),), -math.inf, dtype=torch.float64, device=self.ranks.device)
+        for place, rows in enumerate(minibatch):
+            last = place == len(minibatch) - 1
+            self.accelerator.sync_gradients = last
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.policy):
+                batch = batches.of(rows)
+                outputs = self.policy(
+                    batch.states,
+                    batch.index,
+                    batch.targets,
+                    self.temperature,
+                    with_entropy=self.ppo.entropy_coef > 0,
+                    values_alone=alone,
+                )
+                towards = (exp.logprobs, exp.reference, exp.values, targets.advantages, targets.returns)
+                wanted = Tokens(*(packed[batch.packed] for packed in towards))
+                loss = ppo_loss(
+                    outputs.logprobs, outputs.values, outputs.entropy, wanted, self.ppo, targets.kl_weight, 1.0 - alone
+                )
+                self.accelerator.backward(loss.total * (undo_means / tokens))
+            sums += loss.sums
+            extremes = torch.maximum(extremes, loss.extremes)
+        norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.accelerator.mixed_precision == "fp16" and self.optimizer.step_was_skipped:
+            norm = SKIPPED
+        return torch.cat([sums, extremes]), 0.0 if norm is None else norm
