@@ -35,9 +35,17 @@ def test_caches_of_both_parts_continue_a_sequence(kind: str) -> None:
     with torch.no_grad():
         at_once = split.top(split.trunk(ids))
         caches = split.trunk.new_cache(), split.top.part.new_cache()
-        for start, end in ((0, 6), (6, 7), (7, 9)):
-            states = split.trunk(ids[:, start:end], torch.ones(2, end), positions[:, start:end], caches[0])
-            last = split.top(states, torch.ones(2, end), positions[:, start:end], caches[1])
+        for start, end in ((0, 7), (7, 8), (8, 9)):
+            mask = None
+            for cache in caches:
+                if start:
+                    mask = torch.ones(2, 1, 1, end, dtype=torch.bool)
+                    cache.extend(torch.full((2,), start), end)
+                else:
+                    cache.reserve(2, 9)
+                    cache.fill(0)
+            states = split.trunk(ids[:, start:end], mask, positions[:, start:end], caches[0])
+            last = split.top(states, mask, positions[:, start:end], caches[1])
     torch.testing.assert_close(last[:, -1], at_once[:, -1], atol=1e-5, rtol=1e-5)
 
 

@@ -23,11 +23,11 @@ from pipeline.training.microbatches import Minibatch, limits_of, plan_phase
 from pipeline.training.open_phase import OpenPhase, experience_from, phase_from
 from pipeline.training.prompts import generator_for, phase_prompts
 from pipeline.training.reward_source import server_figures
-from pipeline.training.rollout import PendingScores, Sampler
+from pipeline.training.rollout import Sampler
 from pipeline.training.split import Top
 from pipeline.training.state import Data, TrainState
 from pipeline.training.stop import StopRequest
-from pipeline.training.update import experience, reference_function, targets_of
+from pipeline.training.update import Experience, experience, reference_function, targets_of
 from pipeline.training.updater import Updater
 
 if TYPE_CHECKING:
@@ -63,7 +63,11 @@ class Phases:
             config.seed,
             ppo.group_size,
         )
-        responses, pending = self.sample(rows, state.phase)
+        prompts = [self.data.train[row].prompt for row in rows]
+        generator = generator_for(ranks.device, config.seed, "rollout", ranks.rank, state.phase)
+        responses, pending = self.sampler.sample(
+            prompts, generator, ppo.chunk_size, lambda: bool(self.stop), ppo.dense_reward_every
+        )
         if ranks.any(bool(self.stop)):
             return None
         sampled = time.monotonic()
@@ -74,7 +78,7 @@ class Phases:
         exp = experience(self.updater.policy, reference, responses, plans[0], temperature)
         estimated = time.monotonic()
 
-        answers = [score for chunk in pending for score in chunk.result()]
+        answers = pending.result()
         scored = time.monotonic()
         found = scores_of(responses, answers, ppo.dense_reward_every, self.sampler.scoring)
         scores = self._shaped(rows, responses, found)
@@ -108,6 +112,7 @@ class Phases:
             "rollout_scores/running_std": moments.std,
             "kl_ctl_value": controller.coefficient,
             **targets.figures,
+            **logprob_gap(exp, ranks),
             "padding_percentage": 100.0 * padding_share(plans[0], [len(each.states) for each in responses]),
             "time/rollout_generate": sampled - started,
             "time/forward": estimated - sampled,
@@ -182,21 +187,6 @@ class Phases:
             figures |= {"mfu": whole / (peak * world), "mfu/train": update / (peak * world)}
         return figures
 
-    def sample(self, rows: Sequence[int], phase: int) -> tuple[list[Response], list[PendingScores]]:
-        """Sample the phase's chunks; a stop that is asked for meanwhile cuts it short."""
-        responses: list[Response] = []
-        pending = []
-        size = self.config.ppo.chunk_size
-        for chunk, start in enumerate(range(0, len(rows), size)):
-            if self.stop:
-                break
-            prompts = [self.data.train[row].prompt for row in rows[start : start + size]]
-            generator = generator_for(self.ranks.device, self.config.seed, "rollout", self.ranks.rank, phase, chunk)
-            more, scores = self.sampler.sample(prompts, generator, self.config.ppo.dense_reward_every)
-            responses += more
-            pending.append(scores)
-        return responses, pending
-
     def _shaped(self, rows: Sequence[int], responses: Sequence[Response], found: Sequence[Scores]) -> list[Scores]:
         """What the reward model said of each response, less its baseline, clipped, and less the penalty for no end."""
         ppo, known = self.config.ppo, self.data.train_baselines or {}
@@ -206,3 +196,14 @@ class Phases:
             shaped(score, baseline, ppo.cliprange_reward, penalty)
             for score, baseline, penalty in zip(found, baselines, penalties, strict=True)
         ]
+
+
+def logprob_gap(exp: Experience, ranks: Ranks) -> Row:
+    """How far the log-probabilities that the decode loop saw are from those of the module that is trained: mean and
+    largest difference, in nats per token, over all ranks. More than rounding means that they are not one model."""
+    gap = (torch.cat([response.logprobs for response in exp.responses]) - exp.logprobs).abs().double()
+    total, count = ranks.sum(torch.stack([gap.sum(), gap.new_tensor(len(gap))])).tolist()
+    return {
+        "rollout/logprob_gap_mean": total / count,
+        "rollout/logprob_gap_max": max(ranks.gather(float(gap.max()))),
+    }

@@ -1,0 +1,89 @@
+"""The parts of the decode loop: slots, segments, sampling, and what the trainer learns from its log-probabilities."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers_ppo import tiny_model
+
+from pipeline.config.training import Generate
+from pipeline.training.kv_cache import SlotCache
+from pipeline.training.phase import logprob_gap
+from pipeline.training.ragged import in_segments, ragged_attention, segments_of
+from pipeline.training.sampling import luck_of, sample
+from pipeline.training.split import split_model
+
+
+def test_a_slot_keeps_each_position_in_its_column_and_moves_as_one() -> None:
+    cache = SlotCache(1)
+    cache.reserve(rows=3, length=6)
+    prompts = torch.randn(2, 2, 4, 5)  # (b, heads, T, D)
+    cache.fill(1)
+    assert cache.update(prompts, -prompts, 0)[0] is prompts
+    cache.move(2, 0, 4)
+    new = torch.randn(2, 2, 1, 5)
+    cache.extend(torch.tensor([4, 3]), width=5)  # slot 1 holds 3 real columns and one of padding
+    keys, values = cache.update(new, -new, 0)
+    assert torch.equal(keys[0], torch.cat([prompts[1], new[0]], dim=1))
+    assert torch.equal(keys[1, :, :4], torch.cat([prompts[0, :, :3], new[1]], dim=1))
+    assert torch.equal(values, -keys) and not keys[1, :, 4].any()
+
+
+def test_segments_cost_least() -> None:
+    assert segments_of([100, 90, 95]) == [(0, 3, 100)]
+    assert segments_of([900, 30, 40, 35]) == [(0, 1, 900), (1, 4, 40)]
+    assert segments_of([500]) == [(0, 1, 500)]
+    assert segments_of([30, 900, 880, 40]) == [(0, 1, 30), (1, 3, 900), (3, 4, 40)]
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "gpt2", "llama", "qwen2"])
+def test_attention_in_segments_is_the_same_attention(kind: str) -> None:
+    split = split_model(tiny_model(kind), 1)
+    ids = torch.randint(0, 300, (4, 9), generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([8, 2, 3, 5])
+    mask = (torch.arange(9) <= positions[:, None])[:, None, None]
+
+    def last(segments: list[tuple[int, int, int]]) -> torch.Tensor:
+        cache = split.trunk.new_cache()
+        cache.reserve(4, 9)
+        cache.fill(0)
+        split.trunk(ids, None, torch.arange(9).expand(4, -1), cache)
+        cache.extend(positions, 9)
+        with in_segments(segments):
+            states: torch.Tensor = split.trunk(ids.gather(1, positions[:, None]), mask, positions[:, None], cache)
+        return states
+
+    with torch.no_grad(), ragged_attention(split.trunk, split.top):
+        pieces = last([(0, 1, 9), (1, 3, 4), (3, 4, 6)])
+        whole = last([])
+    torch.testing.assert_close(pieces, whole, atol=1e-6, rtol=1e-5)
+    assert split.whole.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        torch.testing.assert_close(pieces[0, 0], split.trunk(ids)[0, -1], atol=1e-6, rtol=1e-5)
+
+
+def test_a_rows_luck_is_its_own() -> None:
+    few, many = (luck_of(rows, 6, torch.Generator().manual_seed(1)) for rows in (2, 5))
+    assert torch.equal(few, many[:2])
+    assert len(many.unique()) == many.numel() and many.min() >= 0 and many.max() < 1
+
+
+def test_sampling_inverts_the_cumulative_distribution() -> None:
+    scores = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]])).expand(5, -1)
+    luck = torch.tensor([0.0, 0.09, 0.11, 0.69, 1.0 - 2.0**-50], dtype=torch.float64)
+    tokens, logprobs = sample(scores, luck, Generate())
+    assert tokens.tolist() == [0, 0, 1, 2, 3]
+    torch.testing.assert_close(logprobs.exp(), torch.tensor([0.1, 0.1, 0.4, 0.2, 0.3]))
+    tokens, logprobs = sample(scores, luck, Generate(top_k=2))  # 1 and 3 remain, with 4/7 and 3/7
+    assert tokens.tolist() == [1, 1, 1, 3, 3]
+    torch.testing.assert_close(logprobs.exp(), torch.tensor([0.4, 0.4, 0.4, 0.3, 0.3]))
+
+
+def test_the_gap_between_sampler_and_trainer_is_told_in_nats_a_token() -> None:
+    told = [SimpleNamespace(logprobs=torch.tensor([-1.0, -2.0])), SimpleNamespace(logprobs=torch.tensor([-3.0]))]
+    exp = SimpleNamespace(responses=told, logprobs=torch.tensor([-1.0, -2.5, -2.75]))
+    alone = SimpleNamespace(sum=lambda tensor: tensor, gather=lambda value: [value])
+    row = logprob_gap(exp, alone)  # type: ignore[arg-type]
+    assert row == {"rollout/logprob_gap_mean": 0.25, "rollout/logprob_gap_max": 0.5}
