@@ -61,4 +61,4 @@ def phases(
     answers: Any = scorer
     sampler = Sampler(split, tokenizer(), scoring, answers, config.generate, config.prompt_length, autocast)
     never: Any = False
-    return Phases(RunDir(root), config, Data(ROWS, ROWS, baselines, None), sampler, steps, reference, ranks, never)
+    return Phases(RunDir(root), config, Data(ROWS, ROWS, baselines, None), sampler, steps, reference, ranks, never, root)
