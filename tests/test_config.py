@@ -83,6 +83,38 @@ def test_a_fault_is_one_line_that_names_key_and_remedy(override: str, message: s
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["ppo.advantage=rloo"], 'ppo.group_size: 1 gives ppo.advantage = "rloo" no other answer to compare with'),
+        (["ppo.group_size=3"], "ppo.num_rollouts: 64 is not a multiple of ppo.group_size = 3"),
+        (["ppo.advantage=grpo", "ppo.group_size=4", "ppo.critic=model"], 'ppo.critic: "model" is of no use'),
+        (["ppo.advantage=rloo", "ppo.group_size=4", "ppo.critic_warmup_steps=2"], "ppo.critic_warmup_steps: 2 would"),
+        (["ppo.critic_lr=1e-5"], "ppo.critic_lr: a value head is trained at optimizer.lr"),
+        (["ppo.kl_placement=loss"], 'ppo.kl_estimator: "k1" has a gradient of 0 on average'),
+        (["train.method=ilql", "ilql.betas=[]"], "ilql.betas: is empty"),
+        (["train.method=ilql", "ilql.betas=[1,1.0]"], "ilql.betas: [1.0, 1.0] holds a beta twice"),
+        (["train.method=ilql", "ilql.best_beta=2"], "ilql.best_beta: 2.0 is not among ilql.betas = [1.0, 4.0]"),
+        (["train.method=ilql", "ilql.reward_chosen=-1"], "ilql.reward_chosen: -1.0 is not above"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_one_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        demo(*overrides)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_the_method_that_trains_is_checked() -> None:
+    assert demo("train.method=ilql", "train.batch_size=7", "ppo.advantage=rloo").train.batch_size == 7
+    assert demo("ilql.betas=[]").ilql.betas == ()
+    grouped = demo("ppo.advantage=grpo", "ppo.group_size=4", "ppo.kl_placement=loss", "ppo.kl_estimator=k3")
+    assert grouped.ppo.group_size == 4
+    assert demo("ppo.critic=model", "ppo.critic_lr=1e-5").ppo.critic_lr == 1e-5
+    for layers in (-1, 1, 4):  # the demo's model has 4
+        assert demo(f"model.num_layers_unfrozen={layers}").model.num_layers_unfrozen == layers
+
+
 def test_unknown_names_suggest_the_nearest() -> None:
     with pytest.raises(UserError, match=r"--preset dmeo: unknown preset \(did you mean 'demo'\?\)"):
         load.load_preset("dmeo")

@@ -118,14 +118,17 @@ def reward_key(rows: Sequence[Row], config: Config) -> str:
 
 
 def state_of(run: RunDir, config: Config, views: Sequence[StageView]) -> str:
-    """A run's state in a word, with the stage that it is about."""
+    """A run's state in a word or two: "done", or the stage that is in its way, or the last one that was asked for."""
     for state in ("failed", "running", "stopped", "cancelled", "waiting", "pending"):
         stages = [view.stage for view in views if view.state == state and view.stage != "serve"]
         if stages:
             return f"{state}: {stages[0]}"
     skipped = {"serve", *(("reward-model",) if config.reward_model.checkpoint is not None else ())}
-    undone = [stage for stage in config.all if stage not in skipped and run.outputs(stage) is None]
-    return f"before {undone[0]}" if undone else "done"
+    wanted = [stage for stage in config.all if stage not in skipped]
+    done = [stage for stage in wanted if run.outputs(stage) is not None]
+    if done == wanted:
+        return "done"
+    return f"{done[-1]} done" if done else "not started"
 
 
 def as_csv(results: Sequence[Result]) -> str:

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pipeline.config.schema import Config
+from pipeline.run import provenance
 from pipeline.run.directory import Artifact, Outputs, RunDir
 from pipeline.run.hashing import HashCache, fingerprint
 from pipeline.run.lock import lock
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.state import set_state
+from pipeline.scheduler.submit import save_config
 from pipeline.stages.base import Context, Stage
 from pipeline.stages.execute import link_artifacts, next_attempt, prune
 from pipeline.stages.plan import basis
@@ -57,6 +59,9 @@ def take(shared: RunDir, run: RunDir, config: Config) -> list[str]:
             if fingerprint(basis(stage, context)) == made.fingerprint and not _has(context, stage, made):
                 _take(shared, run, stage, made)
                 taken.append(name)
+        if taken:  # there may be nothing else to submit
+            save_config(run, config)
+            provenance.write(run)
     return taken
 
 
