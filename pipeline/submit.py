@@ -108,7 +108,7 @@ def _sweep(arguments: argparse.Namespace, folder: Path, select: Callable[[Config
     if arguments.dry_run:
         show_points(folder, places)
         return 0
-    return submit_points(folder, places, arguments.force, arguments.no_follow, submit_one)
+    return submit_points(folder, places, arguments.force, arguments.no_follow, submit_one, follow_one)
 
 
 def submit_one(
@@ -160,6 +160,16 @@ def submit_one(
         print(f"submitted: {ids}\nfollow with: python -m pipeline.status {shown} --watch")
         return 0  # a job that follows others would hold its node for nothing
     return _follow(run, run_dir, current)
+
+
+def follow_one(run_dir: Path) -> int:
+    """Follow what was last submitted of a run; returns the command's exit status."""
+    from pipeline.run.directory import RunDir
+    from pipeline.scheduler import submission as submissions
+
+    run = RunDir(Path(os.path.abspath(run_dir)))
+    submission = submissions.read(run)
+    return 0 if submission is None else _follow(run, run_dir, submission)
 
 
 def resolve_config(run: RunDir, preset: str | None, overrides: Sequence[str], cluster: str | None) -> Config:

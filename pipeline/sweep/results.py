@@ -81,8 +81,7 @@ def read_result(folder: Path, point: Point) -> Result:
     views = view_run(run, submissions.read(run))
     open_stages = {view.stage for view in views if view.state not in ("done", "skipped")}
     recorded = {name: {} if name in open_stages else run.values(name) for name in ("sft", "reward-model", "evaluate")}
-    values = run.values("train")
-    rows = read_rows(run.root / values.get("metrics", run.metrics.name)) if "train" in config.all else []
+    rows = _training_rows(run, views) if "train" in config.all else []
     rewards = curve(rows, reward_key(rows, config))
     judged = recorded["evaluate"]
     paired = judged.get("paired", {})
@@ -102,6 +101,15 @@ def read_result(folder: Path, point: Point) -> Result:
         high=paired.get("high"),
         win_rate=judged.get("win_rate"),
     )
+
+
+def _training_rows(run: RunDir, views: Sequence[StageView]) -> list[Row]:
+    """The metrics of the training: of the finished one, of one under way, or none while one waits to begin anew."""
+    state = next((view.state for view in views if view.stage == "train"), "done")
+    if state in ("pending", "waiting"):
+        return []
+    ended = state in ("done", "skipped")
+    return read_rows(run.root / (run.values("train") if ended else {}).get("metrics", run.metrics.name))
 
 
 def curve(rows: Sequence[Row], key: str) -> list[float]:

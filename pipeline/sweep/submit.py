@@ -13,7 +13,7 @@ from typing import Protocol
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
-from pipeline.scheduler import allocation, script
+from pipeline.scheduler import allocation, script, slurm
 from pipeline.sweep import share
 from pipeline.sweep.points import SHARED, Point, remember
 
@@ -82,7 +82,14 @@ def show_points(folder: Path, places: Sequence[Place]) -> None:
         print(f"  {place.point.name}: {', '.join(stage for stage in place.selected if stage not in shared)}")
 
 
-def submit_points(folder: Path, places: Sequence[Place], force: bool, no_follow: bool, one: SubmitOne) -> int:
+def submit_points(
+    folder: Path,
+    places: Sequence[Place],
+    force: bool,
+    no_follow: bool,
+    one: SubmitOne,
+    follow: Callable[[Path], int],
+) -> int:
     """Run the sweep; returns 0 when all that was followed went well."""
     executor = places[0].config.cluster.executor
     if no_follow and executor == "local":
@@ -102,8 +109,12 @@ def submit_points(folder: Path, places: Sequence[Place], force: bool, no_follow:
         statuses.append(one(place.folder, place.config, place.selected, forced, no_follow or executor == "slurm"))
         if statuses[-1] in (ENDED_BY_HAND, allocation.ENDED):
             return statuses[-1]
-    if executor == "slurm" and not no_follow:
-        statuses += [one(place.folder, place.config, place.selected, (), False) for place in places]
+    if executor == "slurm" and not no_follow and not slurm.on_a_node():
+        for place in places:
+            print(f"\npoint {place.point.name}", flush=True)
+            statuses.append(follow(place.folder))
+            if statuses[-1] == ENDED_BY_HAND:
+                return ENDED_BY_HAND
     from pipeline.sweep.results import write_table
 
     print(f"\n{write_table(folder)}\nagain: python -m pipeline.sweep {shlex.quote(str(folder))}")
