@@ -7,10 +7,11 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.config.names import SUMMARY, chosen_preset
 from pipeline.errors import UserError, run_command
 from pipeline.stages.names import STAGES
 
@@ -29,7 +30,8 @@ examples:
   python -m pipeline.submit --stage all --preset demo
   python -m pipeline.submit --stage all --preset demo --set data.source=path/to/hh --run-dir runs/hh
   python -m pipeline.submit --stage evaluate --run-dir runs/demo
-  CONFIG_NAME=6B python -m pipeline.submit --stage all --cluster my-cluster.yaml --dry-run
+  CONFIG_NAME=6B python -m pipeline.submit --preset ilql --cluster my-cluster.yaml --dry-run
+  python -m pipeline.submit --preset demo --run-dir runs/kl --sweep ppo.init_kl_coef=0.02,0.05,0.1
 """
 
 
@@ -48,10 +50,17 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--preset",
         metavar="NAME",
-        help="where the configuration starts (default: the run's, $CONFIG_NAME or gptj)",
+        help=f"where the configuration starts (default: the run's, $CONFIG_NAME or gptj): {SUMMARY}",
     )
     add("--run-dir", type=Path, metavar="DIR", help="where everything goes (default: runs/<preset>)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, as in ppo.lam=0.9")
+    add(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2,...",
+        help="one run for each value, below --run-dir; with several, for each combination",
+    )
     add("--cluster", metavar="NAME|FILE", help="cluster profile: a name in slurm/, or a YAML file (default: local)")
     add("--force", action="store_true", help="run the chosen stages even where they are up to date")
     add("--dry-run", action="store_true", help="print the plan and every command line; change nothing")
@@ -62,28 +71,60 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0 when all chosen stages are done, 1 when one failed."""
     arguments = build_parser().parse_args(argv)
-    started = time.monotonic()
     from pipeline.run import provenance
     from pipeline.run.directory import RunDir
-    from pipeline.run.lock import lock
-    from pipeline.scheduler import allocation, script, slurm
-    from pipeline.scheduler import submission as submissions
-    from pipeline.scheduler.submit import divide, refuse_other_config, submit
+    from pipeline.scheduler import script
     from pipeline.stages.names import select_stages
 
-    run_dir = arguments.run_dir or Path("runs") / _default_name(arguments.preset)
+    def select(config: Config) -> tuple[str, ...]:
+        return select_stages(arguments.stage, config.all, arguments.start, arguments.until)
+
+    run_dir = arguments.run_dir or Path("runs") / chosen_preset(arguments.preset)
+    if arguments.sweep:
+        return _sweep(arguments, arguments.run_dir or run_dir.with_name(f"{run_dir.name}-sweep"), select)
     run = RunDir(Path(os.path.abspath(run_dir)))
     script.check_path(run.root)
-    shown = shlex.quote(str(run_dir))
     provenance.check_layout(run)
     config = resolve_config(run, arguments.preset, arguments.set, arguments.cluster)
-    selected = select_stages(arguments.stage, config.all, arguments.start, arguments.until)
+    selected = select(config)
+    forced = selected if arguments.force else ()
     if arguments.dry_run:
         from pipeline.dry_run import show_plan
 
-        show_plan(run, config, plan(run, config, selected, selected if arguments.force else ()))
+        show_plan(run, config, plan(run, config, selected, forced))
         return 0
-    ending = _enter_allocation(run, config.cluster, arguments.no_follow)
+    return submit_one(run_dir, config, selected, forced, arguments.no_follow)
+
+
+def _sweep(arguments: argparse.Namespace, folder: Path, select: Callable[[Config], tuple[str, ...]]) -> int:
+    """One run a point; see pipeline.sweep."""
+    from pipeline.sweep.points import make_points
+    from pipeline.sweep.submit import resolve_points, show_points, submit_points
+
+    def resolve(run: RunDir, overrides: Sequence[str]) -> Config:
+        return resolve_config(run, arguments.preset, [*arguments.set, *overrides], arguments.cluster)
+
+    places = resolve_points(folder, make_points(arguments.sweep), resolve, select)
+    if arguments.dry_run:
+        show_points(folder, places)
+        return 0
+    return submit_points(folder, places, arguments.force, arguments.no_follow, submit_one, follow_one)
+
+
+def submit_one(
+    run_dir: Path, config: Config, selected: Sequence[str], forced: Sequence[str], no_follow: bool = False
+) -> int:
+    """Submit what has to run of the selected stages, and follow it; returns the command's exit status."""
+    started = time.monotonic()
+    from pipeline.run.directory import RunDir
+    from pipeline.run.lock import lock
+    from pipeline.scheduler import allocation, slurm
+    from pipeline.scheduler import submission as submissions
+    from pipeline.scheduler.submit import divide, refuse_other_config, submit
+
+    run = RunDir(Path(os.path.abspath(run_dir)))
+    shown = shlex.quote(str(run_dir))
+    ending = _enter_allocation(run, config.cluster, no_follow)
     mine = True  # the jobs to follow, and not another submitter's
     while True:
         with lock(run.root / "control" / "submit.lock", "submitting"):
@@ -94,7 +135,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"jobs of {shown} are running already; following them")
                 mine = False
             else:
-                forced = selected if arguments.force else ()
                 earlier = allocation.earlier_start(run, forced) if ending is not None else None
                 planned = plan(run, config, selected, submissions.still_forced(run, forced, earlier))
                 if all(each.action == "skip" for each in planned):
@@ -108,17 +148,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Stages that run here first. What they made may change what the others have to do: plan again.
         status = _follow(run, run_dir, current)
         selected = tuple(stage for stage in selected if current.job_of(stage) is None)
+        forced = tuple(stage for stage in forced if stage in selected)
         if status != 0 or not selected:
             if selected:
                 print("nothing else has been submitted: the same command does that once they are done", file=sys.stderr)
             return status
     if ending is not None and mine:
         return _follow_inside(run, run_dir, current, config.cluster, ending)
-    if arguments.no_follow or (current.executor == "slurm" and slurm.on_a_node()):
+    if no_follow or (current.executor == "slurm" and slurm.on_a_node()):
         ids = ", ".join(f"{job.name} ({job.job_id})" for job in current.jobs)
         print(f"submitted: {ids}\nfollow with: python -m pipeline.status {shown} --watch")
         return 0  # a job that follows others would hold its node for nothing
     return _follow(run, run_dir, current)
+
+
+def follow_one(run_dir: Path) -> int:
+    """Follow what was last submitted of a run; returns the command's exit status."""
+    from pipeline.run.directory import RunDir
+    from pipeline.scheduler import submission as submissions
+
+    run = RunDir(Path(os.path.abspath(run_dir)))
+    submission = submissions.read(run)
+    return 0 if submission is None else _follow(run, run_dir, submission)
 
 
 def resolve_config(run: RunDir, preset: str | None, overrides: Sequence[str], cluster: str | None) -> Config:
@@ -127,7 +178,7 @@ def resolve_config(run: RunDir, preset: str | None, overrides: Sequence[str], cl
 
     if preset is None and run.config.exists():
         return load.resolve(load.load_yaml(run.config), overrides, cluster, str(run.config))
-    name = preset or os.environ.get("CONFIG_NAME") or "gptj"
+    name = chosen_preset(preset)
     return load.resolve({**load.load_preset(name), "preset": name}, overrides, cluster)
 
 
@@ -140,10 +191,6 @@ def plan(run: RunDir, config: Config, selected: Sequence[str], forced: Sequence[
 
     context = Context(run, config, HashCache(run.root / "cache" / "hashes.json"))
     return needs.apply(run, config.cluster, make_plan(context, selected, forced, os.environ))
-
-
-def _default_name(preset: str | None) -> str:
-    return preset or os.environ.get("CONFIG_NAME") or "gptj"
 
 
 def _say_nothing_to_do(run_dir: Path, planned: Sequence[Planned], seconds: float) -> None:

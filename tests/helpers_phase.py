@@ -12,13 +12,14 @@ from torch import Tensor
 
 from pipeline.data.preferences import Preference
 from pipeline.run.directory import RunDir
+from pipeline.training.metrics import Row
 from pipeline.training.phase import Phases
 from pipeline.training.policy import Policy
 from pipeline.training.ranks import Ranks
 from pipeline.training.rollout import Sampler
 from pipeline.training.scoring_text import ScoringText
 from pipeline.training.split import frozen_reference, split_model
-from pipeline.training.state import Data
+from pipeline.training.state import Data, TrainState
 from pipeline.training.stopping import StopSequences
 
 CPU = torch.device("cpu")
@@ -61,4 +62,14 @@ def phases(
     answers: Any = scorer
     sampler = Sampler(split, tokenizer(), scoring, answers, config.generate, config.prompt_length, autocast)
     never: Any = False
-    return Phases(RunDir(root), config, Data(ROWS, ROWS, baselines, None), sampler, steps, reference, ranks, never, root)
+    return Phases(
+        RunDir(root), config, Data(ROWS, ROWS, baselines, None), sampler, steps, reference, ranks, never, root
+    )
+
+
+def run_phase(trainer: Phases, state: TrainState) -> tuple[TrainState, Row]:
+    """A phase from its first prompt to its last step."""
+    phase = trainer.begin(state)
+    assert phase is not None
+    trainer.advance(phase, lambda taken: False)
+    return trainer.finish(phase)

@@ -11,15 +11,14 @@ import pytest
 from pipeline.config import load
 from pipeline.config.reference import render_reference
 from pipeline.errors import UserError
-from pipeline.resources import resource_names
 
 
 def demo(*overrides: str, cluster: str | None = None):
     return load.resolve(load.load_preset("demo"), overrides, cluster)
 
 
-def test_every_preset_resolves_and_survives_being_written_and_read(tmp_path: Path) -> None:
-    for name in resource_names("presets", ".yaml"):
+def test_a_preset_survives_being_written_and_read(tmp_path: Path) -> None:
+    for name in ("demo", "20B", "ilql", "sft", "reward-model"):
         config = load.resolve({**load.load_preset(name), "preset": name})
         (tmp_path / "config.yaml").write_text(load.dump(config))
         assert load.read_config(tmp_path) == config
@@ -51,9 +50,9 @@ def test_numbers_are_read_as_people_write_them() -> None:
         ("train.seq_length=1000", "train.seq_length: 1000 is more than the model's 256 positions"),
         ("train.seq_length=48", "train.seq_length: 48 leaves no room for a prompt"),
         ("train.batch_size=7", "ppo.num_rollouts: 64 is not a multiple of train.batch_size = 7"),
-        ("model.num_layers_unfrozen=4", "model.num_layers_unfrozen: 4 leaves none of the model's 4 layers"),
-        ("model.num_layers_unfrozen=0", "model.num_layers_unfrozen: 0 is not supported"),
-        ("model.num_layers_unfrozen=-1", "model.num_layers_unfrozen: -1 is not supported"),
+        ("model.num_layers_unfrozen=5", "model.num_layers_unfrozen: 5 is more than the model's 4 layers"),
+        ("model.num_layers_unfrozen=0", "model.num_layers_unfrozen: 0 leaves nothing to train"),
+        ("model.num_layers_unfrozen=-2", "model.num_layers_unfrozen: input should be greater than or equal to -1"),
         ("model.embedded.num_heads=5", "model.embedded.hidden_size: 192 is not a multiple of"),
         ("serving.model_name=a/b", "serving.model_name: string should match pattern"),
         ("generate.stop_sequences=['']", "generate.stop_sequences: an empty stop sequence"),
@@ -82,6 +81,38 @@ def test_a_fault_is_one_line_that_names_key_and_remedy(override: str, message: s
         demo(override)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["ppo.advantage=rloo"], 'ppo.group_size: 1 gives ppo.advantage = "rloo" no other answer to compare with'),
+        (["ppo.group_size=3"], "ppo.num_rollouts: 64 is not a multiple of ppo.group_size = 3"),
+        (["ppo.advantage=grpo", "ppo.group_size=4", "ppo.critic=model"], 'ppo.critic: "model" is of no use'),
+        (["ppo.advantage=rloo", "ppo.group_size=4", "ppo.critic_warmup_steps=2"], "ppo.critic_warmup_steps: 2 would"),
+        (["ppo.critic_lr=1e-5"], "ppo.critic_lr: a value head is trained at optimizer.lr"),
+        (["ppo.kl_placement=loss"], 'ppo.kl_estimator: "k1" has a gradient of 0 on average'),
+        (["train.method=ilql", "ilql.betas=[]"], "ilql.betas: is empty"),
+        (["train.method=ilql", "ilql.betas=[1,1.0]"], "ilql.betas: [1.0, 1.0] holds a beta twice"),
+        (["train.method=ilql", "ilql.best_beta=2"], "ilql.best_beta: 2.0 is not among ilql.betas = [1.0, 4.0]"),
+        (["train.method=ilql", "ilql.reward_chosen=-1"], "ilql.reward_chosen: -1.0 is not above"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_one_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        demo(*overrides)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_the_method_that_trains_is_checked() -> None:
+    assert demo("train.method=ilql", "train.batch_size=7", "ppo.advantage=rloo").train.batch_size == 7
+    assert demo("ilql.betas=[]").ilql.betas == ()
+    grouped = demo("ppo.advantage=grpo", "ppo.group_size=4", "ppo.kl_placement=loss", "ppo.kl_estimator=k3")
+    assert grouped.ppo.group_size == 4
+    assert demo("ppo.critic=model", "ppo.critic_lr=1e-5").ppo.critic_lr == 1e-5
+    for layers in (-1, 1, 4):  # the demo's model has 4
+        assert demo(f"model.num_layers_unfrozen={layers}").model.num_layers_unfrozen == layers
 
 
 def test_unknown_names_suggest_the_nearest() -> None:
@@ -129,7 +160,7 @@ def test_a_model_folders_own_sizes_are_checked(tmp_path: Path, sizes: dict[str, 
     assert demo(*fitting).model.num_layers_unfrozen == 2
 
     for override, message in [
-        ("model.num_layers_unfrozen=3", f"num_layers_unfrozen: 3 leaves none of the model's 3 layers ({path}"),
+        ("model.num_layers_unfrozen=4", f"num_layers_unfrozen: 4 is more than the model's 3 layers ({path}"),
         ("train.seq_length=129", f"train.seq_length: 129 is more than the model's 128 positions ({path}"),
         ("sft.max_length=129", "sft.max_length: 129 is more than"),
         ("serving.max_length=129", "serving.max_length: 129 is more than"),

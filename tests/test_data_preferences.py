@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.config.load import resolve
 from pipeline.data.preferences import Preference, SkippedRow, parse_row, read_split, split_dialogues, write_jsonl
-from pipeline.data.sources import load_source
+from pipeline.data.sources import load_source, mixed
 from pipeline.errors import UserError
 from pipeline.run.directory import Artifact, Outputs, RunDir
 
@@ -134,6 +134,16 @@ def test_a_hub_data_set_goes_through_the_same_parser(tmp_path: Path, monkeypatch
     loaded = load_source(resolve({"data": data}), {}, tmp_path / "rows")
     assert [pair.chosen for pair in loaded["train"]] == [" helpful-base", " harmless-base"]
     assert len(loaded["test"]) == 2
+
+
+def test_any_beginning_of_several_folders_holds_each_ones_share() -> None:
+    assert mixed([2, 4]) == [1, 0, 1, 1, 0, 1]
+    order = mixed([300, 100, 20])
+    assert [order.count(part) for part in range(3)] == [300, 100, 20]
+    for length in (21, 42, 210):
+        shares = [order[:length].count(part) * 420 / length for part in range(3)]
+        assert shares == pytest.approx([300, 100, 20], abs=21)  # at most a row off
+    assert mixed([3]) == [0, 0, 0]
 
 
 def test_a_split_that_a_hub_data_set_does_not_have_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,12 @@ import pytest
 import torch
 from helpers_ppo import finish_stage, make_run, tiny_config, tiny_model, tokenizer
 
+from pipeline.config.load import dump
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate import main, mean_kl
+from pipeline.result import render_summary
+from pipeline.run.directory import Artifact, Outputs
+from pipeline.stages.registry import REGISTRY
 from pipeline.training.decode import decode
 from pipeline.training.split import split_model
 from pipeline.training.stopping import StopSequences
@@ -60,6 +64,35 @@ def test_a_run_without_training_says_what_to_do(tmp_path: Path) -> None:
     make_run(tmp_path, CONFIG)
     with pytest.raises(UserError, match="stage train is not done; run it first with --stage train"):
         main(["--run", str(tmp_path), "--out", str(tmp_path / "out")])
+
+
+def test_a_run_without_training_after_sft_compares_the_base_model_with_its_sft(tmp_path: Path) -> None:
+    config = tiny_config(all=["prefetch", "sft", "convert", "evaluate"])
+    run = make_run(tmp_path, config)
+    base, data = tmp_path / "stages/prefetch/out/model", run.artifact("prefetch", "data")
+    tiny_model(spread=1.5, seed=3).save_pretrained(base)
+    tokenizer().save_pretrained(base)
+    artifacts = {
+        name: Artifact(str(path.relative_to(tmp_path)), "0", 0) for name, path in (("data", data), ("model", base))
+    }
+    run.write_outputs(Outputs("prefetch", "f", 1, artifacts))
+    assert REGISTRY["evaluate"].needs(config) == ("prefetch", "sft", "convert")
+
+    (tmp_path / "config.yaml").write_text(dump(config))
+    main(["--run", str(tmp_path), "--out", str(tmp_path / "out")])
+
+    report = json.loads((tmp_path / "out/report/report.json").read_text())
+    assert report["names"] == {"sft": "Base model", "policy": "SFT model"}
+    assert report["kl"] > 0.0 and report["sft"] != report["policy"]
+    page = (tmp_path / "out/report/index.html").read_text()
+    assert "the SFT model" in page or "The SFT model" in page
+    assert "KL from the base model" in page and "SFT start" not in page
+
+    finish_stage(run, "evaluate", "report", tmp_path / "out/report")
+    outputs = run.outputs("evaluate")
+    assert outputs is not None
+    summary = render_summary(run, Path("runs/x"), outputs)
+    assert "Base model   SFT model" in summary and "sft: runs/x/models/sft" in summary
 
 
 def test_kl_is_the_mean_over_responses_of_the_summed_difference() -> None:

@@ -24,7 +24,7 @@ def imported(module: str) -> set[str]:
     "module",
     [
         *("submit", "status", "logs", "cancel", "sync", "doctor", "serve", "score", "rm_eval", "convert"),
-        *("stages.job", "stages.plan", "dry_run", "site.examine"),
+        *("sweep.submit", "sweep.results", "stages.job", "stages.plan", "dry_run", "site.examine"),
     ],
 )
 def test_the_control_plane_imports_no_torch(module: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from typing import Literal
 
 import pytest
 import torch
@@ -113,3 +114,16 @@ def test_learning_rate_is_a_function_of_the_step() -> None:
     assert rates == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     assert learning_rate(5, settings, Scheduler(), 6) == 1.0
     assert learning_rate(3, settings, Scheduler(name="cosine"), 6) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [("linear", [1.0, 0.775, 0.55, 0.325, 0.1, 0.1]), ("cosine", [1.0, 0.8682, 0.55, 0.2318, 0.1, 0.1])],
+)
+def test_a_rate_ends_at_its_final_share_of_the_peak(name: Literal["linear", "cosine"], rates: list[float]) -> None:
+    scheduler = Scheduler(name=name, final=0.1)
+    assert [learning_rate(step, Optimizer(lr=2.0), scheduler, 4) / 2.0 for step in range(6)] == pytest.approx(
+        rates, abs=1e-4
+    )
+    warm = Scheduler(name=name, final=0.5, warmup_steps=4)
+    assert [learning_rate(step, Optimizer(lr=1.0), warm, 8) for step in (0, 3, 4, 8)] == [0.25, 1.0, 1.0, 0.5]

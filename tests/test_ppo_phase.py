@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_phase import TwoRanks, phases
+from helpers_phase import TwoRanks, phases, run_phase
 from helpers_ppo import HashScorer
 from helpers_update import ALONE
 
@@ -18,23 +18,21 @@ START = TrainState(kl_coefficient=0.05)
 
 
 def run(root: Path, scorer: HashScorer, **ppo: Any) -> Row:
-    ran = phases(root, ALONE, scorer, **ppo).run_phase(START)
-    assert ran is not None
-    return ran[1]
+    return run_phase(phases(root, ALONE, scorer, **ppo), START)[1]
 
 
 def test_the_ranks_exchange_five_vectors_a_phase_however_many_steps_it_has(tmp_path: Path) -> None:
     """Whether to stop; the scores; the phase's figures; the minibatches' tokens; the steps' sums; and the traffic."""
     for epochs in (1, 4):
         ranks = TwoRanks()
-        assert phases(tmp_path, ranks, HashScorer(), ppo_epochs=epochs).run_phase(START) is not None
+        run_phase(phases(tmp_path, ranks, HashScorer(), ppo_epochs=epochs), START)
         assert ranks.said == ["sum", "gather_rows", "gather_rows", "sum", "gather_rows", "gather"]
 
 
 def test_whitening_and_an_early_end_cost_one_exchange_more_each(tmp_path: Path) -> None:
     ranks = TwoRanks()
     trainer = phases(tmp_path, ranks, HashScorer(), whiten_rewards=True, max_update_kl=100.0)
-    assert trainer.run_phase(START) is not None
+    run_phase(trainer, START)
     assert len(ranks.said) == 6 + 1 + 4  # once a phase, and once in each of four steps
 
 

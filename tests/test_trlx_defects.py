@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_phase import ROWS, TwoRanks, phases
+from helpers_phase import ROWS, TwoRanks, phases, run_phase
 from helpers_ppo import HashScorer, tiny_model
 from helpers_update import ALONE, LENGTHS, SCORES, phase, settings
 
@@ -31,10 +31,10 @@ from pipeline.training.update import targets_of
 def test_4_rewards_are_deltas_whoever_computes_them(tmp_path: Path) -> None:
     """trlX subtracts the data set's answer in process only. Here the trainer does, behind whatever scorer there is."""
     baselines = {row: float(row) for row in range(len(ROWS))}
-    ran = phases(tmp_path, ALONE, HashScorer(lambda ids: 3.0), baselines, cliprange_reward=100.0).run_phase(
-        TrainState(kl_coefficient=0.05)
+    ran = run_phase(
+        phases(tmp_path, ALONE, HashScorer(lambda ids: 3.0), baselines, cliprange_reward=100.0),
+        TrainState(kl_coefficient=0.05),
     )
-    assert ran is not None
     sampled = sorted(scores_without(tmp_path))
     assert ran[1]["rollout_scores/mean"] == pytest.approx(3.0 - sum(sampled) / len(sampled))
 
@@ -49,12 +49,10 @@ def scores_without(root: Path) -> list[float]:
 def test_5_the_controller_counts_all_ranks_rollouts_once_a_phase(tmp_path: Path) -> None:
     """trlX's counts one rank's batch, once an inner epoch. Two ranks of eight rollouts, whose KL is 0 at first:"""
     trainer = phases(tmp_path, TwoRanks(), HashScorer(), target=6.0)
-    first = trainer.run_phase(TrainState(kl_coefficient=0.05))
-    assert first is not None
+    first = run_phase(trainer, TrainState(kl_coefficient=0.05))
     state, row = first
     assert row["policy/kl"] == 0.0 and state.kl_coefficient == pytest.approx(0.05 * (1 - 0.2 * 16 / 100), rel=1e-12)
-    second = trainer.run_phase(state)
-    assert second is not None
+    second = run_phase(trainer, state)
     by_hand = state.kl_coefficient * (1 + min(max(second[1]["policy/kl"] / 6.0 - 1, -0.2), 0.2) * 16 / 100)
     assert second[0].kl_coefficient == pytest.approx(by_hand, rel=1e-12)
     assert second[0].rollouts == 32 and KLController(0.05, None, 100).updated(9.0, 16).coefficient == 0.05

@@ -95,7 +95,7 @@ class Generate(Section):
 
 
 class Evaluate(Section):
-    """The comparison of the SFT start with the trained policy on held-out prompts."""
+    """The comparison of the start with what was trained on held-out prompts."""
 
     num_prompts: int = Field(280, ge=2)
     """Test prompts, the first of the split."""

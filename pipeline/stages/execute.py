@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def run_stage(
     context.hashes.save()
     fingerprint = hashing.fingerprint(known)
     atomic.write_json(run.stage(stage_name) / "plan.json", {"fingerprint": fingerprint, "reason": reason, **known})
-    number = _next_attempt(run, stage_name)
+    number = next_attempt(run, stage_name)
     folder = run.attempt(stage_name, number)
     if nodes.count > 1:
         address = network.node_address(context.config.cluster.interface)
@@ -125,7 +126,7 @@ def run_stage(
         run, stage, known, fingerprint, number, seconds, submission, {"trainer_image": image} if image else {}
     )
     set_state(run, stage_name, submission, "done", stage.headline(outputs.values), number)
-    _prune(run, stage_name, number)
+    prune(run, stage_name, number)
     if stage_name == "train":
         _prune_checkpoints(run, environment[FINGERPRINT])
     return outputs
@@ -234,14 +235,19 @@ def _record(
     values = {**result["values"], **made_in}
     outputs = Outputs(stage.name, fingerprint, number, artifacts, values, known, time.time(), seconds, submission)
     run.write_outputs(outputs)
-    for name, artifact in artifacts.items():
-        link = f"models/{stage.name}" if name == "model" else _LINKS.get(name)
-        if link:
-            atomic.replace_symlink(run.root / link, run.root / artifact.path)
+    link_artifacts(run, stage.name, artifacts)
     return outputs
 
 
-def _prune(run: RunDir, stage: str, keep: int) -> None:
+def link_artifacts(run: RunDir, stage: str, artifacts: Mapping[str, Artifact]) -> None:
+    """Show a finished stage's artifacts at the top of the run directory."""
+    for name, artifact in artifacts.items():
+        link = f"models/{stage}" if name == "model" else _LINKS.get(name)
+        if link:
+            atomic.replace_symlink(run.root / link, run.root / artifact.path)
+
+
+def prune(run: RunDir, stage: str, keep: int) -> None:
     """Remove what earlier attempts made; their logs stay."""
     for folder in (run.stage(stage) / "attempts").iterdir():
         if folder.name != f"{keep:04d}" and (folder / "out").is_dir():
@@ -256,7 +262,7 @@ def _prune_checkpoints(run: RunDir, keep: str) -> None:
                 shutil.rmtree(folder)
 
 
-def _next_attempt(run: RunDir, stage: str) -> int:
+def next_attempt(run: RunDir, stage: str) -> int:
     """Claim the next attempt's folder; creating it is what decides between two jobs."""
     attempts = run.stage(stage) / "attempts"
     with atomic.disk_errors(attempts):

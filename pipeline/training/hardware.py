@@ -1,15 +1,13 @@
-"""How well a phase uses the hardware: padding, memory, arithmetic and its share of the peak."""
+"""How well a phase uses the hardware: memory, arithmetic and its share of the peak."""
 
 from __future__ import annotations
 
 import resource
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from pipeline.training.microbatches import Minibatch
 from pipeline.training.ranks import Ranks
 
 _PEAKS = {
@@ -78,12 +76,6 @@ def peak_flops(device: torch.device, given_tflops: float | None) -> float | None
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in _PEAKS.items() if part in name), None)
-
-
-def padding_share(plan: Sequence[Minibatch], lengths: Sequence[int]) -> float:
-    """The share of an epoch's positions that are padding; `lengths` are those of prompt and response together."""
-    padded = sum(len(rows) * max(lengths[row] for row in rows) for minibatch in plan for rows in minibatch)
-    return 1.0 - sum(lengths) / padded
 
 
 def memory_row(ranks: Ranks) -> dict[str, float]:

@@ -17,7 +17,7 @@ from pipeline.training.control import KLController, scale_of
 from pipeline.training.decode import Response
 from pipeline.training.dense import Scores, scores_of, shaped
 from pipeline.training.dumps import rollout_rows, write_rollouts
-from pipeline.training.hardware import arithmetic, memory_row, padding_share, peak_flops
+from pipeline.training.hardware import arithmetic, memory_row, peak_flops
 from pipeline.training.metrics import Row
 from pipeline.training.microbatches import Minibatch, limits_of, plan_phase
 from pipeline.training.open_phase import OpenPhase, experience_from, phase_from
@@ -96,12 +96,13 @@ class Phases:
             [[(length, each / scale) for length, each in score.beginnings] for score in scores],
         )
         kl = targets.figures["policy/kl"]
-        if config.train.log_rollouts:
-            raw, used = [each.whole for each in found], [each.whole for each in scores]
-            dumped = ranks.gather(rollout_rows(exp, self.sampler, rows, raw, used))
-            if ranks.first:
-                write_rollouts(self.folder, state.phase, state.step, dumped)
-        waited = max(ranks.gather(scored - estimated))
+        raw, used = [each.whole for each in found], [each.whole for each in scores]
+        dump = rollout_rows(exp, self.sampler, rows, raw, used) if config.train.log_rollouts else []
+        dumps, waits, traffic = map(
+            list, zip(*ranks.gather((dump, scored - estimated, self.sampler.scorer.traffic())), strict=True)
+        )
+        if config.train.log_rollouts and ranks.first:
+            write_rollouts(self.folder, state.phase, state.step, dumps)
 
         row: Row = {
             "phase": state.phase,
@@ -113,11 +114,10 @@ class Phases:
             "kl_ctl_value": controller.coefficient,
             **targets.figures,
             **logprob_gap(exp, ranks),
-            "padding_percentage": 100.0 * padding_share(plans[0], [len(each.states) for each in responses]),
             "time/rollout_generate": sampled - started,
             "time/forward": estimated - sampled,
             "time/rollout_score": scored - estimated,
-            "time/reward_wait": waited,
+            "time/reward_wait": max(waits),
             "time/rollout_time": scored - started,
         }
         after = replace(
@@ -128,7 +128,6 @@ class Phases:
             kl_coefficient=controller.updated(kl, ppo.num_rollouts * ranks.world).coefficient,
             rollouts=state.rollouts + ppo.num_rollouts * ranks.world,
         )
-        traffic = ranks.gather(self.sampler.scorer.traffic())
         ended = time.monotonic()
         return OpenPhase(
             state.step, exp, targets, plans, after, row, traffic, began, ended - started, train_seconds=ended - scored
