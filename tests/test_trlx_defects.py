@@ -84,7 +84,7 @@ def test_7_the_kl_is_that_of_the_policy_to_the_reference_and_leaves_the_prompt_o
     assert figures["policy/kl"] == pytest.approx(exact, rel=1e-6)
     assert figures["policy/kl_per_token"] == pytest.approx(exact, rel=1e-6)
     wrong_sign = sum(p * (p / q - 1 - math.log(p / q)) for p, q in zip(policy, reference, strict=True))
-    assert abs(wrong_sign - exact) > 0.1  # what trlX estimates
+    assert abs(wrong_sign - exact) > 0.04  # what trlX estimates
 
 
 def test_7_the_kl_of_several_tokens_is_summed_over_an_answer_and_averaged_over_answers() -> None:
