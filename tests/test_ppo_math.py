@@ -62,6 +62,12 @@ def test_k3_estimates_kl_with_the_right_sign() -> None:
     assert float(wrong_sign) == pytest.approx(exact + 0.0449, abs=1e-4)  # what trlX logs
 
 
+def test_k3_stays_finite_where_the_policy_says_never() -> None:
+    """It is clamped at a log-ratio of 20, and exact below."""
+    k3 = kl_k3(torch.tensor([-300.0, -21.0]), torch.tensor([-1.0, -2.0]))
+    assert k3.tolist() == pytest.approx([math.exp(20) - 21, math.exp(19) - 20], rel=1e-5)
+
+
 def test_kl_controller_by_hand() -> None:
     controller = KLController(coefficient=0.05, target=6.0, horizon=10000)
     assert controller.updated(6.6, 448).coefficient == pytest.approx(0.05 * (1 + 0.1 * 0.0448))

@@ -21,7 +21,7 @@ def run(root: Path, scorer: HashScorer, **ppo: Any) -> Row:
     return run_phase(phases(root, ALONE, scorer, **ppo), START)[1]
 
 
-def test_the_ranks_exchange_five_vectors_a_phase_however_many_steps_it_has(tmp_path: Path) -> None:
+def test_the_ranks_exchange_six_times_a_phase_however_many_steps_it_has(tmp_path: Path) -> None:
     """Whether to stop; the scores; the phase's figures; the minibatches' tokens; the steps' sums; and the traffic."""
     for epochs in (1, 4):
         ranks = TwoRanks()

@@ -35,6 +35,14 @@ def test_the_largest_forwards_are_halved_until_there_are_enough() -> None:
     assert split_further([[1], [2]], 2) == [[1], [2]]
 
 
+def test_each_epoch_has_an_order_of_its_own_and_every_row_once() -> None:
+    first, second = plan_phase(WIDTHS, settings(), 4, WHOLE, ALONE, 1)
+    assert first != second
+    for plan in (first, second):
+        assert sorted(row for step in plan for rows in step for row in rows) == list(range(8))
+    assert plan_phase(WIDTHS, settings(), 4, WHOLE, ALONE, 1) == [first, second]
+
+
 class Beside(Ranks):
     """Rank 0 of 2, whose neighbour has more to say in every number."""
 

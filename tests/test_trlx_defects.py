@@ -23,6 +23,7 @@ from pipeline.training.control import KLController
 from pipeline.training.decode import Response
 from pipeline.training.figures import phase_figures
 from pipeline.training.microbatches import Limits
+from pipeline.training.prompts import phase_prompts
 from pipeline.training.split import split_model
 from pipeline.training.state import TrainState
 from pipeline.training.update import targets_of
@@ -35,15 +36,8 @@ def test_4_rewards_are_deltas_whoever_computes_them(tmp_path: Path) -> None:
         phases(tmp_path, ALONE, HashScorer(lambda ids: 3.0), baselines, cliprange_reward=100.0),
         TrainState(kl_coefficient=0.05),
     )
-    sampled = sorted(scores_without(tmp_path))
-    assert ran[1]["rollout_scores/mean"] == pytest.approx(3.0 - sum(sampled) / len(sampled))
-
-
-def scores_without(root: Path) -> list[float]:
-    """The baselines of the rows that the first phase samples."""
-    from pipeline.training.prompts import phase_prompts
-
-    return [float(row) for row in phase_prompts(0, 0, 1, 8, len(ROWS), 1000)]
+    sampled = phase_prompts(0, 0, 1, 8, len(ROWS), seed=1000)
+    assert ran[1]["rollout_scores/mean"] == pytest.approx(3.0 - sum(sampled) / 8)
 
 
 def test_5_the_controller_counts_all_ranks_rollouts_once_a_phase(tmp_path: Path) -> None:
@@ -82,7 +76,7 @@ def test_7_the_kl_is_that_of_the_policy_to_the_reference_and_leaves_the_prompt_o
     assert figures["policy/kl"] == pytest.approx(exact, rel=1e-6)
     assert figures["policy/kl_per_token"] == pytest.approx(exact, rel=1e-6)
     wrong_sign = sum(p * (p / q - 1 - math.log(p / q)) for p, q in zip(policy, reference, strict=True))
-    assert abs(wrong_sign - exact) > 0.1  # what trlX estimates
+    assert abs(wrong_sign - exact) > 0.04  # what trlX estimates
 
 
 def test_7_the_kl_of_several_tokens_is_summed_over_an_answer_and_averaged_over_answers() -> None:
