@@ -89,7 +89,10 @@ def test_a_fault_is_one_line_that_names_key_and_remedy(override: str, message: s
         (["ppo.advantage=rloo"], 'ppo.group_size: 1 gives ppo.advantage = "rloo" no other answer to compare with'),
         (["ppo.group_size=3"], "ppo.num_rollouts: 64 is not a multiple of ppo.group_size = 3"),
         (["ppo.advantage=grpo", "ppo.group_size=4", "ppo.critic=model"], 'ppo.critic: "model" is of no use'),
-        (["ppo.advantage=rloo", "ppo.group_size=4", "ppo.critic_warmup_steps=2"], "ppo.critic_warmup_steps: means nothing with"),
+        (
+            ["ppo.advantage=rloo", "ppo.group_size=4", "ppo.critic_warmup_steps=2"],
+            "ppo.critic_warmup_steps: means nothing",
+        ),
         (["ppo.critic_lr=1e-5"], "ppo.critic_lr: a value head is trained at optimizer.lr"),
         (["ppo.kl_placement=loss"], 'ppo.kl_estimator: the gradient of "k1" is zero on average'),
         (["train.method=ilql", "ilql.betas=[]"], "ilql.betas: is empty"),

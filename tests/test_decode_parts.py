@@ -6,14 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers_ppo import tiny_model
+from helpers_ppo import tiny_model, tokenizer
 
 from pipeline.config.training import Generate
+from pipeline.training.decode import decode
 from pipeline.training.kv_cache import SlotCache
 from pipeline.training.phase import logprob_gap
 from pipeline.training.ragged import in_segments, ragged_attention, segments_of
 from pipeline.training.sampling import luck_of, sample
-from pipeline.training.split import split_model
+from pipeline.training.split import Part, Split, Top, split_model
+from pipeline.training.stopping import StopSequences
 
 
 def test_a_slot_keeps_each_position_in_its_column_and_moves_as_one() -> None:
@@ -62,6 +64,30 @@ def test_attention_in_segments_is_the_same_attention(kind: str) -> None:
     assert split.whole.config._attn_implementation == "sdpa"
     with torch.no_grad():
         torch.testing.assert_close(pieces[0, 0], split.trunk(ids)[0, -1], atol=1e-6, rtol=1e-5)
+
+
+class Identity(torch.nn.Module):
+    """The trunk of a model whose every layer is trained: what it says of an id is the id."""
+
+    def forward(self, ids: torch.Tensor, *_: object) -> torch.Tensor:
+        return ids
+
+    def new_cache(self) -> SlotCache:
+        return SlotCache(0)
+
+
+def test_where_everything_is_trained_the_states_are_the_ids() -> None:
+    model = tiny_model(spread=3.0)
+    split = split_model(model, 1)
+    whole = Split(model, Identity(), Top(Part(model.base_model, takes_ids=True), model.lm_head), tied=False)  # type: ignore[arg-type]
+    prompts, stops = [[5, 6, 7], [8], [9, 10]], StopSequences(tokenizer(), [])
+    answers = [
+        decode(one, prompts, Generate(max_new_tokens=6), stops, -1, torch.Generator().manual_seed(0), side_by_side=2)
+        for one in (split, whole)
+    ]
+    for expected, response in zip(*answers, strict=True):
+        assert response.tokens == expected.tokens
+        assert response.states.tolist() == (response.prompt + response.tokens)[:-1]
 
 
 def test_a_rows_luck_is_its_own() -> None:

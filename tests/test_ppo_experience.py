@@ -60,7 +60,7 @@ def test_a_fresh_value_head_says_zero() -> None:
     assert not exp.values.any()
 
 
-def test_left_padding_changes_no_logprob() -> None:
+def test_company_changes_no_logprob() -> None:
     split = split_model(tiny_model(spread=3.0), 1)
     _, responses, _, together = phase(split, Limits(4))
     generate = Generate(max_new_tokens=9, temperature=TEMPERATURE)

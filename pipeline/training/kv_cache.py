@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+_ALIGNMENT = 64
+"""Bytes."""
+
 
 class SlotCache(Cache):  # type: ignore[misc]  # transformers has no types
     """A transformers cache of `layers` layers; `reserve` tells its size before the first forward."""
@@ -102,8 +105,12 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Zeros of the type and on the device of `like`: a masked column must not hold NaN by chance.
 
-    On a CPU they come from calloc, so that only the columns that are used ever take memory and time.
+    On a CPU they come from calloc, so that only the columns that are used ever take memory and time; aligned like
+    torch's own memory, on which the last bits of a matrix product may depend.
     """
     if like.device.type != "cpu":
         return like.new_zeros(shape)
-    return torch.from_numpy(np.zeros(math.prod(shape) * like.element_size(), np.uint8)).view(like.dtype).view(shape)
+    size = math.prod(shape) * like.element_size()
+    raw = np.zeros(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(raw[start : start + size]).view(like.dtype).view(shape)

@@ -10,7 +10,7 @@ import torch
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed of 63 bits for a purpose, such as derive_seed(1000, "rollout", rank, phase, chunk)."""
+    """A seed of 63 bits for a purpose, such as derive_seed(1000, "rollout", rank, phase)."""
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
