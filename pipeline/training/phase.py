@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.schema import Config
 from pipeline.run.directory import RunDir
 from pipeline.training.advantages import explained_variance
+from pipeline.training.arithmetic import arithmetic, memory_row, peak_flops
 from pipeline.training.control import KLController, clip_scores, scale_of
 from pipeline.training.decode import Response
 from pipeline.training.dumps import rollout_rows, write_rollouts
 from pipeline.training.experience import Minibatch
-from pipeline.training.figures import arithmetic, distributions, memory_row, padding_share, peak_flops
 from pipeline.training.metrics import Row
 from pipeline.training.open_phase import OpenPhase, experience_from, phase_from
 from pipeline.training.prompts import generator_for, phase_prompts
@@ -95,10 +95,6 @@ class Phases:
             "kl_ctl_value": controller.coefficient,
             "values/explained_variance": explained_variance(exp.values, targets.returns, ranks.sum),
             **token_row(exp, ranks),
-            **distributions(
-                {"old_values": exp.values, "returns": targets.returns, "advantages": targets.advantages}, ranks
-            ),
-            "padding_percentage": 100.0 * padding_share(plans[0], [len(each.states) for each in responses]),
             "time/rollout_generate": sampled - started,
             "time/forward": estimated - sampled,
             "time/rollout_score": scored - estimated,
@@ -198,9 +194,10 @@ def token_row(exp: Experience, ranks: Ranks) -> Row:
             sum(response.finish == "eos" for response in responses),
             sum(response.finish == "stop" for response in responses),
             float(exp.entropy.sum()),
+            float(exp.values.sum()),
         ]
     ).double()
-    rows, prompt, tokens, eos, stopped, entropy = ranks.sum(sums).tolist()
+    rows, prompt, tokens, eos, stopped, entropy, values = ranks.sum(sums).tolist()
     return {
         "tokens/prompt": int(prompt),
         "tokens/response": int(tokens),
@@ -209,4 +206,5 @@ def token_row(exp: Experience, ranks: Ranks) -> Row:
         "finished/stop": stopped / rows,
         "finished/length": 1.0 - (eos + stopped) / rows,
         "policy/entropy": entropy / tokens,
+        "old_values/mean": values / tokens,
     }

@@ -1,15 +1,13 @@
-"""What a phase is judged by beside its losses: distributions, padding, memory, arithmetic and its share of the peak."""
+"""How much a phase computes, which share of the devices' peak that is, and how much memory it takes."""
 
 from __future__ import annotations
 
 import resource
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pipeline.training.experience import Minibatch
 from pipeline.training.ranks import Ranks
 
 _PEAKS = {
@@ -78,29 +76,6 @@ def peak_flops(device: torch.device, given_tflops: float | None) -> float | None
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in _PEAKS.items() if part in name), None)
-
-
-def distributions(packed: Mapping[str, Tensor], ranks: Ranks) -> dict[str, float]:
-    """name/mean, /std, /min and /max of packed (N,) tensors over all ranks' tokens."""
-    parts = []
-    for values in packed.values():
-        exact = values.double()
-        parts.append([len(exact), *torch.stack([exact.sum(), exact.square().sum(), exact.min(), exact.max()]).tolist()])
-    row: dict[str, float] = {}
-    for name, of_ranks in zip(packed, zip(*ranks.gather(parts), strict=True), strict=True):
-        count, total, squares = (sum(part[i] for part in of_ranks) for i in range(3))
-        mean = total / count
-        row[f"{name}/mean"] = mean
-        row[f"{name}/std"] = max(0.0, squares / count - mean * mean) ** 0.5
-        row[f"{name}/min"] = min(part[3] for part in of_ranks)
-        row[f"{name}/max"] = max(part[4] for part in of_ranks)
-    return row
-
-
-def padding_share(plan: Sequence[Minibatch], lengths: Sequence[int]) -> float:
-    """The share of an epoch's positions that are padding; `lengths` are those of prompt and response together."""
-    padded = sum(len(rows) * max(lengths[row] for row in rows) for minibatch in plan for rows in minibatch)
-    return 1.0 - sum(lengths) / padded
 
 
 def memory_row(ranks: Ranks) -> dict[str, float]:
