@@ -124,12 +124,8 @@ def test_rollouts_are_written_once_with_text_reward_and_kl(whole: RunDir) -> Non
         assert all(row["prompt"].endswith("Assistant:") and isinstance(row["text"], str) for row in mine)
 
 
-def test_a_phase_says_what_experts_look_at(whole: RunDir) -> None:
+def test_a_phase_says_how_fast_it_was(whole: RunDir) -> None:
     (row, *_) = [row for row in map(json.loads, whole.metrics.read_text().splitlines()) if "phase" in row]
-    assert row["returns/min"] <= row["returns/mean"] <= row["returns/max"] and row["returns/std"] > 0
-    assert row["advantages/mean"] == pytest.approx(0.0, abs=1e-5)
-    assert row["advantages/std"] == pytest.approx(1.0, abs=1e-3)
-    assert 0.0 <= row["padding_percentage"] < 100.0
     assert row["mfu"] == pytest.approx(row["tflops"]) and 0.0 < row["mfu"] < 1.0  # the peak was given as 1 TFLOP/s
     assert row["samples_per_second"] == pytest.approx(8 / row["time/phase"])
     assert row["time/reward_wait_share"] == row["time/reward_wait"] / row["time/phase"]

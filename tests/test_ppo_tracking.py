@@ -67,3 +67,36 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UserError, match=r"train\.tracker: the package tensorboard is not installed"):
         tracking.tracker_of(resolve({"train": {"tracker": "tensorboard"}}))
     assert tracking.tracker_of(resolve({"train": {"tracker": "none"}})) is None
+
+
+def test_tensorboard_holds_the_numbers_and_forgets_what_is_done_again(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from accelerate.state import AcceleratorState, GradientState
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from pipeline.config.load import resolve
+    from pipeline.training.heldout import Answer
+    from pipeline.training.ranks import make_accelerator
+
+    config = resolve({"train": {"tracker": "tensorboard"}})
+    answer = Answer(0, "Human: Hi\n\nAssistant:", " a | b", 0.25, 0.5, "eos", 3)
+
+    def segment(steps: dict[int, float], resumed: bool) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        accelerator = make_accelerator(1, tracking.tracker_of(config), tmp_path)
+        tracking.start_tracker(accelerator, config, tmp_path, "a-run", "0123456789abcdef")
+        if resumed:
+            tracking.go_on_from(accelerator, min(steps))
+        for step, reward in steps.items():
+            accelerator.log({"reward/mean": reward, "reward_model": None}, step=step)
+        tracking.log_samples(accelerator, [answer], max(steps))
+        tracking.end_tracking(accelerator)
+
+    segment({4: 0.5, 8: 0.75}, resumed=False)
+    segment({8: 1.5, 12: 2.0}, resumed=True)  # from the checkpoint at 4
+    (folder,) = (path for path in (tmp_path / config.train.project_name).iterdir())
+    events = EventAccumulator(str(folder)).Reload()
+    assert [(each.step, each.value) for each in events.Scalars("reward/mean")] == [(4, 0.5), (8, 1.5), (12, 2.0)]
+    text = events.Tensors("samples/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert r"| Human: Hi<br><br>Assistant: | a \| b | 0.500 | 0.250 | eos | 3 |" in text

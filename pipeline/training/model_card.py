@@ -27,6 +27,16 @@ _CURVES = ("reward/mean", "rollout_scores/mean", "policy/kl", "losses/total_loss
 """Metrics that are shown over the steps, as far as there are any."""
 _SHOWN = 12
 """Steps of such a table."""
+_NOT_OF_THE_MODEL = {
+    "tracker",
+    "project_name",
+    "keep_checkpoints",
+    "checkpoint_interval",
+    "log_rollouts",
+    "peak_tflops",
+    "save_best",
+}
+"""Settings that change how a training is kept and shown."""
 _PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft")
 _LOADING = {
     "text-generation": "AutoModelForCausalLM",
@@ -89,7 +99,10 @@ def render_card(run: RunDir, config: Config, card: Card) -> str:
         front["base_model"] = base
     if _on_hub(data, "data", found):
         front["datasets"] = [data]
-    settings = {name: getattr(config, name).model_dump(mode="json", exclude_none=True) for name in card.sections}
+    settings = {
+        name: _public(getattr(config, name).model_dump(mode="json", exclude_none=True, exclude=_NOT_OF_THE_MODEL))
+        for name in card.sections
+    }
     blocks = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {card.method} on {_name(data, 'data', found)}",
@@ -168,6 +181,15 @@ def _figure(value: Any) -> str | None:
     if value is None:
         return None
     return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def _public(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without the folders of somebody's machine: their last part says enough."""
+    local = ("/", "~", "./", "../")
+    return {
+        key: Path(value).name if isinstance(value, str) and value.startswith(local) else value
+        for key, value in settings.items()
+    }
 
 
 def _on_hub(name: str, source: str, found: Mapping[str, Any]) -> bool:

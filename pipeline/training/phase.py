@@ -13,11 +13,11 @@ import torch
 
 from pipeline.config.schema import Config
 from pipeline.run.directory import RunDir
+from pipeline.training.arithmetic import arithmetic, memory_row, peak_flops
 from pipeline.training.control import KLController, scale_of
 from pipeline.training.decode import Response
 from pipeline.training.dense import Scores, scores_of, shaped
 from pipeline.training.dumps import rollout_rows, write_rollouts
-from pipeline.training.hardware import arithmetic, memory_row, peak_flops
 from pipeline.training.metrics import Row
 from pipeline.training.microbatches import Minibatch, limits_of, plan_phase
 from pipeline.training.open_phase import OpenPhase, experience_from, phase_from
@@ -201,8 +201,5 @@ def logprob_gap(exp: Experience, ranks: Ranks) -> Row:
     """How far the log-probabilities that the decode loop saw are from those of the module that is trained: mean and
     largest difference, in nats per token, over all ranks. More than rounding means that they are not one model."""
     gap = (torch.cat([response.logprobs for response in exp.responses]) - exp.logprobs).abs().double()
-    total, count = ranks.sum(torch.stack([gap.sum(), gap.new_tensor(len(gap))])).tolist()
-    return {
-        "rollout/logprob_gap_mean": total / count,
-        "rollout/logprob_gap_max": max(ranks.gather(float(gap.max()))),
-    }
+    sums, counts, largest = zip(*ranks.gather((float(gap.sum()), len(gap), float(gap.max()))), strict=True)
+    return {"rollout/logprob_gap_mean": sum(sums) / sum(counts), "rollout/logprob_gap_max": max(largest)}

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 WEIGHTS, OPTIMIZER, SCHEDULER = "model{}.safetensors", "optimizer{}.bin", "scheduler{}.bin"
 SCALER = "scaler.pt"
@@ -47,7 +47,8 @@ def snapshot(accelerator: Accelerator, rank: int) -> Files:
     files: Files = {GENERATORS.format(rank): {**_generators(), "accumulated": accelerator.step}}
     if rank == 0:
         for place, model in enumerate(accelerator._models):
-            files[WEIGHTS.format(_number(place))] = copies(dict(accelerator.unwrap_model(model).state_dict()))
+            module = accelerator.unwrap_model(model)
+            files[WEIGHTS.format(_number(place))] = copies(_without_frozen(module, module.state_dict()))
         for place, optimizer in enumerate(accelerator._optimizers):
             files[OPTIMIZER.format(_number(place))] = copies(optimizer.state_dict())
         for place, scheduler in enumerate(accelerator._schedulers):
@@ -60,7 +61,7 @@ def snapshot(accelerator: Accelerator, rank: int) -> Files:
 def restore(accelerator: Accelerator, rank: int, folder: Path) -> None:
     """Put what `snapshot` took back in place, from the folder that it was written to."""
     for place, model in enumerate(accelerator._models):
-        accelerator.unwrap_model(model).load_state_dict(load_file(folder / WEIGHTS.format(_number(place))))
+        _load_without_frozen(accelerator.unwrap_model(model), folder / WEIGHTS.format(_number(place)))
     for place, optimizer in enumerate(accelerator._optimizers):
         optimizer.load_state_dict(read_plain(folder / OPTIMIZER.format(_number(place))))
     for place, scheduler in enumerate(accelerator._schedulers):
@@ -74,26 +75,30 @@ def restore(accelerator: Accelerator, rank: int, folder: Path) -> None:
 
 def best_weights(accelerator: Accelerator, rank: int) -> Files:
     """The models' weights alone, on rank 0; to be called by every rank (ZeRO-3 gathers them)."""
-    states = [accelerator.get_state_dict(model) for model in accelerator._models]
-    if rank != 0:
-        return {}
-    return {WEIGHTS.format(_number(place)): copies(dict(state)) for place, state in enumerate(states)}
+    files = {}
+    for place, model in enumerate(accelerator._models):
+        state = accelerator.get_state_dict(model)
+        if rank == 0:
+            files[WEIGHTS.format(_number(place))] = copies(_without_frozen(accelerator.unwrap_model(model), state))
+    return files
 
 
 def load_weights(accelerator: Accelerator, folder: Path) -> None:
     """Give the models the weights that `best_weights` took; to be called by every rank."""
     for place, model in enumerate(accelerator._models):
-        weights = load_file(folder / WEIGHTS.format(_number(place)))
+        file = folder / WEIGHTS.format(_number(place))
         module = accelerator.unwrap_model(model)
         if not _partitioned(module):
-            module.load_state_dict(weights)
+            _load_without_frozen(module, file)
             continue
         import deepspeed
 
+        weights = load_file(file)
         for name, parameter in module.named_parameters():
-            with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0), torch.no_grad():
-                if accelerator.is_main_process:
-                    parameter.copy_(weights[name])
+            if parameter.requires_grad:
+                with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0), torch.no_grad():
+                    if accelerator.is_main_process:
+                        parameter.copy_(weights[name])
 
 
 def write_file(path: Path, content: Any) -> None:
@@ -130,7 +135,22 @@ def _set_generators(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
-def _partitioned(module: torch.nn.Module) -> bool:
+def _without_frozen(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state without the weights that are not trained: they come from where training started."""
+    frozen = {name for name, weight in module.named_parameters(remove_duplicate=False) if not weight.requires_grad}
+    return {name: value for name, value in state.items() if name not in frozen}
+
+
+def _load_without_frozen(module: nn.Module, file: Path) -> None:
+    """Load such a state; RuntimeError when it is another module's."""
+    state = load_file(file)
+    wanted = _without_frozen(module, module.state_dict()).keys()
+    if state.keys() != wanted:
+        raise RuntimeError(f"{file}: holds other weights than are trained: {sorted(state.keys() ^ wanted)[:5]}")
+    module.load_state_dict(state, strict=False)
+
+
+def _partitioned(module: nn.Module) -> bool:
     """Whether ZeRO-3 has spread the parameters over the ranks."""
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 

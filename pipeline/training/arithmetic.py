@@ -1,4 +1,4 @@
-"""How well a phase uses the hardware: memory, arithmetic and its share of the peak."""
+"""How much a phase computes, which share of the devices' peak that is, and how much memory it takes."""
 
 from __future__ import annotations
 
