@@ -63,6 +63,8 @@ def make_accelerator(accumulation: int, tracker: str | None = None, folder: Path
     """The Accelerator of a PPO process: NCCL on GPUs, gloo on CPUs, DeepSpeed where the launcher's config says so."""
     on_cpu = not torch.cuda.is_available()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    if deepspeed and on_cpu:
+        _deepspeed_on_cpu()
     handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if "RANK" in os.environ:  # else there is no launcher, and accelerate must not look for a process group
         handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=PATIENCE))
@@ -74,3 +76,12 @@ def make_accelerator(accumulation: int, tracker: str | None = None, folder: Path
         project_dir=folder,
         kwargs_handlers=handlers,
     )
+
+
+def _deepspeed_on_cpu() -> None:
+    """Without a GPU, DeepSpeed is to use the CPU, and without its own reduction, which takes a compiler and which
+    training does not use."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
