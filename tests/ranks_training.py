@@ -45,7 +45,7 @@ def one(mode: str, run: RunDir) -> dict[str, Any]:
     fresh_accelerate()
     os.environ["ACCELERATE_USE_DEEPSPEED"] = str(mode.startswith("zero")).lower()
     os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = mode[-1]
-    config = read_config(run.config)
+    config = read_config(run.root)
     accelerator = make_accelerator(2)
     if uses_deepspeed(accelerator):  # these models' weights are smaller than what ZeRO-3 would shard
         accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"] |= {

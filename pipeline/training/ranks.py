@@ -13,6 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
+from transformers.integrations import unset_hf_deepspeed_config
 
 PATIENCE = timedelta(hours=2)
 """How long a rank waits for the others: they may be scoring baselines, or waiting for a reward server to return."""
@@ -68,7 +69,7 @@ def make_accelerator(accumulation: int, tracker: str | None = None, folder: Path
     handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if "RANK" in os.environ:  # else there is no launcher, and accelerate must not look for a process group
         handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=PATIENCE))
-    return Accelerator(
+    accelerator = Accelerator(
         # With DeepSpeed accelerate must not be told of the CPU, or it forgets DeepSpeed.
         cpu=on_cpu and not deepspeed,
         gradient_accumulation_steps=accumulation,
@@ -76,6 +77,10 @@ def make_accelerator(accumulation: int, tracker: str | None = None, folder: Path
         project_dir=folder,
         kwargs_handlers=handlers,
     )
+    if deepspeed:
+        # Else transformers would shard whatever is loaded from here on, under ZeRO-3; we shard what is trained.
+        unset_hf_deepspeed_config()
+    return accelerator
 
 
 def _deepspeed_on_cpu() -> None:
