@@ -1,9 +1,7 @@
-"""One training under what `accelerate launch` says and on as many ranks, over fixed rollouts; used by
-test_distributed_training.py, which compares them: `ranks_training.py RUN OUT`.
+"""One training on as many ranks as there are, over the same rollouts; test_distributed_training.py compares them.
 
-Each rank updates on its share of the same 8 rollouts. Rank 0 writes OUT: for DDP, ZeRO-2 and ZeRO-3 in turn (alone: one
-process) the metrics of each phase, the same behind a checkpoint, whether sampling came out right, and the saved model's
-folder.
+`ranks_training.py RUN OUT`, under `accelerate launch` with DeepSpeed's settings: rank 0 writes the results of ZeRO-3, of
+ZeRO-2 and of DDP to OUT.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from pipeline.training.distributed import shards_weights, uses_deepspeed, whole_
 from pipeline.training.ranks import Ranks, make_accelerator
 from pipeline.training.split import Split
 from pipeline.training.stopping import StopSequences
-from pipeline.training.update import experience, plan_phase, reference_function, targets_of
+from pipeline.training.update import experience, reference_function, targets_of
 from pipeline.training.updater import Updater
 
 PROMPTS = [[5, 9, 200], [7], [11, 12, 13, 14, 15, 16, 17], [40, 41], [99, 98, 97, 96], [3, 4], [8, 8, 8], [60]]
@@ -41,7 +39,8 @@ def sample(split: Split, config: Any, tokenizer: Any) -> list[Response]:
 
 
 def one(mode: str, run: RunDir) -> dict[str, Any]:
-    """Two phases, a checkpoint, a third phase; and the third again, from the checkpoint."""
+    """Two phases, a checkpoint, a third phase, and the third again from the checkpoint: the metrics of each, the
+    folder of the saved model, what it then samples, and how many weights this rank holds outside of a forward."""
     fresh_accelerate()
     os.environ["ACCELERATE_USE_DEEPSPEED"] = str(mode.startswith("zero")).lower()
     os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = mode[-1]
@@ -66,22 +65,19 @@ def one(mode: str, run: RunDir) -> dict[str, Any]:
     sharded = sum(weight.numel() for weight in policy.parameters())
 
     def phase(number: int) -> dict[str, float]:
-        with whole():
-            rollouts = sample(split, config, tokenizer) if number == 0 else first
-            if number == 0:
-                first[:] = rollouts
-        responses = [first[row] for row in mine]
-        # Plain order: the rows that share a step must be the same whatever the ranks.
-        plans = plan_phase([1] * len(responses), ppo, batch, micro, 0)
-        plans = [[[[*range(s, s + batch)][m : m + micro] for m in range(0, batch, micro)] for s in range(0, len(mine), batch)]]
+        """Two steps on this rank's share of the rollouts, whose order is fixed: a step has the same rows whatever the
+        ranks."""
+        responses = [rollouts[row] for row in mine]
+        steps = [[*range(start, start + batch)] for start in range(0, len(mine), batch)]
+        plan = [[step[place : place + micro] for place in range(0, batch, micro)] for step in steps]
         of_reference = reference_function(reference, temperature, accelerator.autocast)
-        exp = experience(policy, of_reference, responses, plans[0], temperature)
-        scores = [float(row % 3) - 1.0 for row in mine]
-        targets = targets_of(exp, scores, 0.05, ppo, ranks)
-        _, row = updater.run(exp, targets, plans, 2 * number, 2 * number + 2)
+        exp = experience(policy, of_reference, responses, plan, temperature)
+        targets = targets_of(exp, [float(row % 3) - 1.0 for row in mine], 0.05, ppo, ranks)
+        _, row = updater.run(exp, targets, [plan], 2 * number, 2 * number + 2)
         return {name: float(row[name]) for name in NAMES}
 
-    first: list[Response] = []
+    with whole():
+        rollouts = sample(split, config, tokenizer)
     curve = [phase(0), phase(1)]
     checkpoints = Checkpoints(run.root / "checkpoints" / f"{mode}-{ranks.world}", ranks, 1)
     checkpoints.save(accelerator, 4, {})
@@ -97,9 +93,8 @@ def one(mode: str, run: RunDir) -> dict[str, Any]:
 
 def main() -> None:
     run, out = RunDir(Path(sys.argv[1])), Path(sys.argv[2])
-    modes = ("zero3", "zero2", "ddp0") if "RANK" in os.environ else ("ddp0",)
-    results = {mode: one(mode, run) for mode in modes}
-    if os.environ.get("RANK", "0") == "0":
+    results = {mode: one(mode, run) for mode in ("zero3", "zero2", "ddp0")}
+    if os.environ["RANK"] == "0":
         out.write_text(json.dumps(results))
 
 

@@ -66,6 +66,8 @@ def make_accelerator(accumulation: int, tracker: str | None = None, folder: Path
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     if deepspeed and on_cpu:
         _deepspeed_on_cpu()
+    # What the launcher took from its config file would count for more than the argument below.
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if "RANK" in os.environ:  # else there is no launcher, and accelerate must not look for a process group
         handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=PATIENCE))
