@@ -1,7 +1,7 @@
 """One training on as many ranks as there are, over the same rollouts; test_distributed_training.py compares them.
 
-`ranks_training.py RUN OUT`, under `accelerate launch` with DeepSpeed's settings: rank 0 writes the results of ZeRO-3, of
-ZeRO-2 and of DDP to OUT.
+`ranks_training.py RUN OUT`, under `accelerate launch` with DeepSpeed's settings: rank 0 writes the results of ZeRO-3,
+of ZeRO-2 and of DDP to OUT.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def one(mode: str, run: RunDir) -> dict[str, Any]:
     checkpoints.load(accelerator)
     again = phase(2)
     folder = run.root / f"{mode}-{ranks.world}"
+    save_policy(split, tokenizer, folder, accelerator, ranks)
     with whole():
-        save_policy(split, tokenizer, folder, accelerator, ranks)
         sampled = [response.tokens for response in sample(split, config, tokenizer)]
     return {"curve": curve, "again": again, "folder": str(folder), "sampled": sampled, "weights": sharded}
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ from transformers import AutoModelForCausalLM, GPTNeoXForSequenceClassification
 from pipeline.config.schema import LoRA
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
+from pipeline.stages.launch import accelerate_config, precision_of
 from pipeline.training import ppo
 from pipeline.training.adapters import add_adapters, merged_weights, shared_reference, whole_with_merged
 from pipeline.training.assemble import parameter_groups
 from pipeline.training.critic import Critic, load_critic
+from pipeline.training.distributed import was_skipped
 from pipeline.training.experience import Packing, collate
 from pipeline.training.policy import Policy
 from pipeline.training.split import Split, split_model
@@ -97,14 +100,14 @@ def test_a_critic_is_trained_in_full_at_a_rate_of_its_own(tmp_path: Path) -> Non
     policy = Policy(split.top, split.hidden_size, 1, critic)
     config = tiny_config(ppo={**tiny_config().ppo.model_dump(), "critic": "model", "critic_lr": 3e-3})
     groups = parameter_groups(policy, config)
-    assert [group["lr_scale"] for group in groups] == [1.0, 3.0]
+    assert [group["rate"] for group in groups] == [1.0, 3.0]
     assert {id(weight) for weight in groups[1]["params"]} == {id(weight) for weight in critic.parameters()}
 
     before = {name: weight.detach().clone() for name, weight in policy.named_parameters()}
     _, responses, plans, exp = phase(split, 2, policy)
     targets = targets_of(exp, [float(row % 3) - 1.0 for row in range(len(responses))], 0.05, PPO_SETTINGS, ALONE)
     trainer = updater(policy, accumulation=2)
-    trainer.optimizer.param_groups[0]["lr_scale"] = 0.5
+    trainer.optimizer.param_groups[0]["rate"] = 0.5
     trainer.run(exp, targets, plans, 0, 4)
     assert trainer.optimizer.param_groups[0]["lr"] == 0.05
     moved = {name for name, weight in policy.named_parameters() if not torch.equal(weight, before[name])}
@@ -177,6 +180,38 @@ def test_targets_that_are_not_there_and_a_missing_package_are_said_in_a_line(mon
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"^model.lora.rank: LoRA needs the package peft; install it"):
         add_adapters(split_of_three().top, LORA, seed=1)
+
+
+class Scaler:
+    def __init__(self, scale: float) -> None:
+        self._scale = scale
+
+    def get_scale(self) -> float:
+        return self._scale
+
+
+def test_a_step_that_fp16_leaves_out_is_no_fault_until_the_scale_is_used_up() -> None:
+    def skips(precision: str, scale: float, skipped: bool) -> bool:
+        accelerator = SimpleNamespace(mixed_precision=precision, scaler=Scaler(scale))
+        return was_skipped(cast(Any, accelerator), SimpleNamespace(step_was_skipped=skipped))
+
+    assert skips("fp16", 1024.0, True) and not skips("fp16", 1024.0, False) and not skips("no", 0.0, True)
+    with pytest.raises(UserError, match=r"^train: fp16 gradients overflow at the smallest loss scale; take"):
+        skips("fp16", 0.5, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("ddp", "bf16"), ("ddp-cpu", "no"), ("zero2-bf16", "bf16"), ("zero2-fp16", "fp16"), ("zero3", "bf16")],
+)
+def test_the_config_files_name_decides_the_precision(name: str, precision: str) -> None:
+    assert precision_of(accelerate_config(name, 0)) == precision
+
+
+def test_a_precision_that_is_not_supported_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("mixed_precision: fp8\n")
+    with pytest.raises(UserError, match=r"mine.yaml: mixed_precision: fp8 is not supported; give 'no', bf16 or fp16$"):
+        precision_of(accelerate_config(str(tmp_path / "mine.yaml"), 0))
 
 
 def moved(run: RunDir, folder: Path) -> set[str]:

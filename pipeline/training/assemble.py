@@ -14,7 +14,13 @@ from pipeline.config.schema import Config
 from pipeline.training.adapters import add_adapters, shared_reference, whole_with_merged
 from pipeline.training.checkpoint_content import keep_trained_only
 from pipeline.training.critic import Critic
-from pipeline.training.distributed import compute_dtype, configure_deepspeed, shards_weights, uses_deepspeed
+from pipeline.training.distributed import (
+    compute_dtype,
+    configure_deepspeed,
+    shards_weights,
+    uses_deepspeed,
+    whole_weights,
+)
 from pipeline.training.models import disable_dropout, load_causal_lm, save_model
 from pipeline.training.policy import Policy
 from pipeline.training.prompts import derive_seed
@@ -83,17 +89,15 @@ def prepare(
 
 
 def parameter_groups(policy: Policy, config: Config) -> list[dict[str, Any]]:
-    """The trained weights by learning rate: "lr_scale" is a group's rate over that of the policy, at every step."""
-    trained = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
-    critic = [weight for name, weight in trained.items() if name.startswith("critic.")]
+    """The trained weights by learning rate: "rate" is a group's as a multiple of the policy's, at every step."""
+    theirs = {id(weight) for weight in policy.critic.parameters()} if policy.critic is not None else set()
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    critic_lr = config.ppo.critic_lr or config.optimizer.lr
     groups: list[dict[str, Any]] = [
-        {"params": [weight for name, weight in trained.items() if not name.startswith("critic.")], "lr_scale": 1.0}
+        {"params": [weight for weight in trained if id(weight) not in theirs], "rate": 1.0},
+        {"params": [weight for weight in trained if id(weight) in theirs], "rate": critic_lr / config.optimizer.lr},
     ]
-    if critic:
-        groups.append(
-            {"params": critic, "lr_scale": (config.ppo.critic_lr or config.optimizer.lr) / config.optimizer.lr}
-        )
-    return groups
+    return [group for group in groups if group["params"]]
 
 
 def mean_baseline(data: Data) -> float:
@@ -104,9 +108,10 @@ def mean_baseline(data: Data) -> float:
 def save_policy(split: Split, tokenizer: Any, folder: Path, accelerator: Accelerator, ranks: Ranks) -> None:
     """Write the whole model, which the trained top is a part of, as safetensors in one dtype, with its tokenizer.
 
-    Adapters are merged in what is written, and stay as they are here. To be called by every rank; under ZeRO-3 where
-    the weights are whole.
+    Adapters are merged in what is written, and stay as they are here. To be called by every rank: ZeRO-3 gathers.
     """
-    if ranks.first:
-        save_model(whole_with_merged(split, compute_dtype(accelerator)), tokenizer, folder)
-    ranks.barrier()
+    [policy] = accelerator._models
+    with whole_weights(accelerator, policy)():
+        if ranks.first:
+            save_model(whole_with_merged(split, compute_dtype(accelerator)), tokenizer, folder)
+        ranks.barrier()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from safetensors.torch import load_file
@@ -11,31 +13,29 @@ from torch import Tensor, nn
 _WEIGHTS = "model.safetensors"
 
 
+def trained_state(module: nn.Module) -> dict[str, Tensor]:
+    """The trained weights by name, each once, without gradients; not copies."""
+    return {name: weight.detach() for name, weight in module.named_parameters() if weight.requires_grad}
+
+
+def load_trained(module: nn.Module, state: Mapping[str, Tensor], where: Any) -> None:
+    """Put back what `trained_state` gave; RuntimeError, naming `where`, for other weights than are trained."""
+    if state.keys() != trained_state(module).keys():
+        raise RuntimeError(f"{where}: holds other weights than are trained")
+    module.load_state_dict(state, strict=False)
+
+
 def keep_trained_only(accelerator: Accelerator) -> None:
     """Make `accelerator` save and load only the weights that are trained (DeepSpeed saves all of its module)."""
 
     def save(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
         for place, model in enumerate(models[: len(weights)]):  # DeepSpeed's are not among the weights
-            trained = {
-                name for name, weight in accelerator.unwrap_model(model).named_parameters() if weight.requires_grad
-            }
-            weights[place] = {name: value for name, value in weights[place].items() if _plain(name) in trained}
+            weights[place] = trained_state(accelerator.unwrap_model(model))
 
     def load(models: list[nn.Module], folder: str) -> None:
         file = Path(folder) / _WEIGHTS
-        if not file.is_file():  # DeepSpeed's
-            return
-        model = accelerator.unwrap_model(models.pop())
-        loaded = {_plain(name): value for name, value in load_file(file).items()}
-        trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-        if trained != loaded.keys():
-            raise RuntimeError(f"{file}: holds other weights than are trained")
-        model.load_state_dict(loaded, strict=False)
+        if file.is_file():  # DeepSpeed has files of its own
+            load_trained(accelerator.unwrap_model(models.pop()), load_file(file), file)
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
-
-
-def _plain(name: str) -> str:
-    """A weight's name without the data-parallel wrapper's prefix."""
-    return name.removeprefix("module.")

@@ -44,6 +44,8 @@ def configure_deepspeed(accelerator: Accelerator, micro_batch_size: int, max_gra
         plugin["train_micro_batch_size_per_gpu"] = micro_batch_size
         plugin["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps
         plugin["gradient_clipping"] = max_grad_norm
+        # Else ZeRO-3 refuses to give its weights away, as the best ones are to be kept.
+        plugin["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
 
 
 def whole_weights(accelerator: Accelerator, module: nn.Module) -> Callable[[], AbstractContextManager[None]]:

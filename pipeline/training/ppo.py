@@ -75,8 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         trainer, split = assemble(run, config, accelerator, ranks, progress, stop, name, rewards)
         state, complete = trainer.train()
     if complete:
-        with trainer.sampler.whole_weights():
-            save_policy(split, trainer.sampler.tokenizer, out / "policy", accelerator, ranks)
+        save_policy(split, trainer.sampler.tokenizer, out / "policy", accelerator, ranks)
         if ranks.first:
             values = {**summary(state), "metrics": str(trainer.metrics.relative_to(run.root))}
             write_result(out, {"policy": "policy"}, values)
