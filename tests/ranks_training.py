@@ -45,7 +45,9 @@ def one(mode: str, run: RunDir) -> dict[str, Any]:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = str(mode.startswith("zero")).lower()
     os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = mode[-1]
     config = read_config(run.root)
-    accelerator = make_accelerator(2)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    batch, micro = 4 // world, 2 // min(2, world)  # of a rank; a step has 4 rows on all of them together
+    accelerator = make_accelerator(batch // micro)
     if uses_deepspeed(accelerator):  # these models' weights are smaller than what ZeRO-3 would shard
         accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"] |= {
             "stage3_param_persistence_threshold": 0
@@ -58,7 +60,6 @@ def one(mode: str, run: RunDir) -> dict[str, Any]:
     policy, optimizer = prepare(split, reference, config, accelerator, critic)
     whole = whole_weights(accelerator, policy)
     mine = range(ranks.rank, len(PROMPTS), ranks.world)
-    batch, micro = 4 // ranks.world, 2 // min(2, ranks.world)
     temperature, ppo = config.generate.temperature, config.ppo
     updater = Updater(accelerator, policy, optimizer, ppo, ranks, temperature, 1.0, rate=lambda step: 1e-3)
     assert shards_weights(accelerator) == (mode == "zero3")
