@@ -20,13 +20,15 @@ class MicroBatch:
     """Rows for one forward, right-padded, and where their sampled tokens are."""
 
     states: Tensor
-    """(B, T, H): hidden states at the cut, zeros behind each row's end."""
+    """(B, T, H): hidden states at the cut, zeros behind each row's end; ids (B, T) where there is no trunk."""
     index: Tensor
     """(n,): places in B*T whose hidden state predicts a sampled token."""
     targets: Tensor
     """(n,): the sampled ids."""
     packed: Tensor
     """(n,): the tokens' places in the phase's packed tensors."""
+    ids: Tensor
+    """(B, T): the ids at the states' positions, zeros behind each row's end."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,15 @@ class Batches:
         device = responses[0].states.device
         self._places = torch.cat(places, dim=1).to(device)  # (2, all forwards' tokens)
         self._targets = torch.tensor([token for response in responses for token in response.tokens]).to(device)  # (N,)
+        ids = torch.tensor([token for each in responses for token in [*each.prompt, *each.tokens[:-1]]])
+        self._ids = ids.to(device).split([len(response.states) for response in responses])
 
     def of(self, rows: Sequence[int]) -> MicroBatch:
         """The micro-batch of some rows. Sampled ids are taken as they were sampled."""
         states = pad_sequence([self._responses[row].states for row in rows], batch_first=True)  # (B, T, H)
         index, packed = self._places[:, self._slices[tuple(rows)]]
-        return MicroBatch(states, index, self._targets[packed], packed)
+        ids = pad_sequence([self._ids[row] for row in rows], batch_first=True)  # (B, T)
+        return MicroBatch(states, index, self._targets[packed], packed, ids)
 
 
 def collate(responses: Sequence[Response], rows: Sequence[int], packing: Packing) -> MicroBatch:

@@ -65,9 +65,10 @@ class Phases:
         )
         prompts = [self.data.train[row].prompt for row in rows]
         generator = generator_for(ranks.device, config.seed, "rollout", ranks.rank, state.phase)
-        responses, pending = self.sampler.sample(
-            prompts, generator, ppo.chunk_size, lambda: bool(self.stop), ppo.dense_reward_every
-        )
+        with self.sampler.whole_weights():
+            responses, pending = self.sampler.sample(
+                prompts, generator, ppo.chunk_size, lambda: bool(self.stop), ppo.dense_reward_every
+            )
         if ranks.any(bool(self.stop)):
             return None
         sampled = time.monotonic()

@@ -172,7 +172,10 @@ class Trainer:
         started = time.monotonic()
         chunk, seed = self.config.ppo.chunk_size, self.config.seed
         prompts, baselines = self.data.heldout, self.data.heldout_baselines
-        answers = heldout_answers(self.sampler, prompts, baselines, chunk, seed, self.ranks, lambda: bool(self.stop))
+        with self.sampler.whole_weights():
+            answers = heldout_answers(
+                self.sampler, prompts, baselines, chunk, seed, self.ranks, lambda: bool(self.stop)
+            )
         if answers is None:
             return None
         row: Row = {"step": state.step, **reward_row(answers), "time/evaluate": time.monotonic() - started}

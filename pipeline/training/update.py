@@ -65,7 +65,7 @@ def experience(
     batches = Batches(responses, packing, forwards)
     for rows in forwards:
         batch = batches.of(rows)
-        outputs = policy(batch.states, batch.index, batch.targets, temperature, with_entropy=True)
+        outputs = policy(batch.states, batch.index, batch.targets, temperature, with_entropy=True, ids=batch.ids)
         logprobs[batch.packed] = outputs.logprobs
         values[batch.packed] = outputs.values
         entropy[batch.packed] = outputs.entropy

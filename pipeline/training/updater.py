@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.config.methods import PPO
 from pipeline.errors import UserError
 from pipeline.training.critic_warmup import begin_policy, set_rates
+from pipeline.training.distributed import backward, was_skipped
 from pipeline.training.experience import Batches
 from pipeline.training.losses import EXTREMES, SUMS, Tokens, ppo_loss
 from pipeline.training.microbatches import Minibatch, padded_tokens
@@ -173,18 +174,19 @@ class Updater:
                     self.temperature,
                     with_entropy=self.ppo.entropy_coef > 0,
                     values_alone=alone,
+                    ids=batch.ids,
                 )
                 towards = (exp.logprobs, exp.reference, exp.values, targets.advantages, targets.returns)
                 wanted = Tokens(*(packed[batch.packed] for packed in towards))
                 loss = ppo_loss(
                     outputs.logprobs, outputs.values, outputs.entropy, wanted, self.ppo, targets.kl_weight, 1.0 - alone
                 )
-                self.accelerator.backward(loss.total * (undo_means / tokens))
+                backward(self.accelerator, loss.total * (undo_means / tokens))
             sums += loss.sums
             extremes = torch.maximum(extremes, loss.extremes)
         norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.accelerator.mixed_precision == "fp16" and self.optimizer.step_was_skipped:
+        if was_skipped(self.accelerator, self.optimizer):
             norm = SKIPPED
         return torch.cat([sums, extremes]), 0.0 if norm is None else norm
