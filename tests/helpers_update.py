@@ -47,9 +47,11 @@ def rollouts(split: Split) -> list[Response]:
     ]
 
 
-def phase(split: Split, limits: Limits, ppo: PPO | None = None) -> tuple[Policy, list[Response], Any, Experience]:
+def phase(
+    split: Split, limits: Limits, ppo: PPO | None = None, policy: Policy | None = None
+) -> tuple[Policy, list[Response], Any, Experience]:
     """A policy with its rollouts, their plan and their experience."""
-    policy = Policy(split.top, split.hidden_size, seed=1)
+    policy = policy or Policy(split.top, split.hidden_size, seed=1)
     reference = reference_function(frozen_reference(split), TEMPERATURE, torch.no_grad)
     responses = rollouts(split)
     widths = [len(response.states) for response in responses]
@@ -62,7 +64,9 @@ def updater(policy: Policy, ppo: PPO, adam: bool = False) -> Updater:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     accelerator = Accelerator(cpu=True)
-    groups = parameter_groups(policy, policy.value)
+    values = policy.critic or policy.value
+    assert values is not None
+    groups = parameter_groups(policy, values)
     optimizer: Any = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.5) if adam else torch.optim.SGD(groups, lr=0.1)
     rate = optimizer.defaults["lr"]
     prepared, optimizer = accelerator.prepare(policy, optimizer)

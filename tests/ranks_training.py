@@ -47,7 +47,7 @@ def one(mode: str, run: RunDir) -> dict[str, Any]:
     config = read_config(run.root)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     batch, micro = 4 // world, 2 // min(2, world)  # of a rank; a step has 4 rows on all of them together
-    accelerator = make_accelerator(batch // micro)
+    accelerator = make_accelerator(1)
     if uses_deepspeed(accelerator):  # these models' weights are smaller than what ZeRO-3 would shard
         accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"] |= {
             "stage3_param_persistence_threshold": 0

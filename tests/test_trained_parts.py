@@ -11,7 +11,8 @@ import pytest
 import torch
 from helpers_ppo import ARCHITECTURES, config_of, make_run, tiny_config, tiny_model
 from helpers_process import fresh_accelerate, own_process_state  # noqa: F401
-from test_ppo_experience import ALONE, PPO_SETTINGS, TEMPERATURE, phase, rollouts, updater, whole_model_logprobs
+from helpers_update import ALONE, SCORES, TEMPERATURE, phase, rollouts, settings, updater
+from test_ppo_experience import whole_model_logprobs
 from transformers import AutoModelForCausalLM, GPTNeoXForSequenceClassification
 
 from pipeline.config.schema import LoRA
@@ -20,10 +21,11 @@ from pipeline.run.directory import RunDir
 from pipeline.stages.launch import accelerate_config, precision_of
 from pipeline.training import ppo
 from pipeline.training.adapters import add_adapters, merged_weights, shared_reference, whole_with_merged
-from pipeline.training.assemble import parameter_groups
 from pipeline.training.critic import Critic, load_critic
+from pipeline.training.critic_warmup import RATE, parameter_groups
 from pipeline.training.distributed import was_skipped
 from pipeline.training.experience import Packing, collate
+from pipeline.training.microbatches import Limits
 from pipeline.training.policy import Policy
 from pipeline.training.split import Split, split_model
 from pipeline.training.update import targets_of
@@ -49,7 +51,7 @@ def randomise(top: torch.nn.Module) -> None:
 @pytest.mark.parametrize("layers", [-1, 3])
 def test_without_a_trunk_a_phase_gives_the_whole_models_logprobs(layers: int) -> None:
     split = split_model(tiny_model(spread=3.0), layers)
-    _, responses, _, exp = phase(split, micro=2)
+    _, responses, _, exp = phase(split, Limits(2))
     assert all(response.states.dtype == torch.int64 and response.states.dim() == 1 for response in responses)
     assert responses[0].states.tolist() == responses[0].prompt + responses[0].tokens[:-1]
     expected = torch.cat([whole_model_logprobs(split.whole, response) for response in responses])
@@ -98,16 +100,15 @@ def test_a_critic_is_trained_in_full_at_a_rate_of_its_own(tmp_path: Path) -> Non
     split = split_model(tiny_model(spread=3.0), 1)
     critic = load_critic(tmp_path, torch.device("cpu"), bias=0.0)
     policy = Policy(split.top, split.hidden_size, 1, critic)
-    config = tiny_config(ppo={**tiny_config().ppo.model_dump(), "critic": "model", "critic_lr": 3e-3})
-    groups = parameter_groups(policy, config)
-    assert [group["rate"] for group in groups] == [1.0, 3.0]
+    groups = parameter_groups(policy, critic, 3.0)
+    assert [group[RATE] for group in groups] == [1.0, 3.0]
     assert {id(weight) for weight in groups[1]["params"]} == {id(weight) for weight in critic.parameters()}
 
     before = {name: weight.detach().clone() for name, weight in policy.named_parameters()}
-    _, responses, plans, exp = phase(split, 2, policy)
-    targets = targets_of(exp, [float(row % 3) - 1.0 for row in range(len(responses))], 0.05, PPO_SETTINGS, ALONE)
-    trainer = updater(policy, accumulation=2)
-    trainer.optimizer.param_groups[0]["rate"] = 0.5
+    _, _, plans, exp = phase(split, Limits(2), policy=policy)
+    targets = targets_of(exp, SCORES, 0.05, settings(), ALONE)
+    trainer = updater(policy, settings())
+    trainer.optimizer.param_groups[0][RATE] = 0.5
     trainer.run(exp, targets, plans, 0, 4)
     assert trainer.optimizer.param_groups[0]["lr"] == 0.05
     moved = {name for name, weight in policy.named_parameters() if not torch.equal(weight, before[name])}

@@ -82,7 +82,7 @@ class Batches:
         self._places = torch.cat(places, dim=1).to(device)  # (2, all forwards' tokens)
         self._targets = torch.tensor([token for response in responses for token in response.tokens]).to(device)  # (N,)
         ids = torch.tensor([token for each in responses for token in [*each.prompt, *each.tokens[:-1]]])
-        self._ids = ids.to(device).split([len(response.states) for response in responses])
+        self._ids = torch.split(ids.to(device), [len(response.states) for response in responses])
 
     def of(self, rows: Sequence[int]) -> MicroBatch:
         """The micro-batch of some rows. Sampled ids are taken as they were sampled."""
