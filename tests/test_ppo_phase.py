@@ -21,19 +21,20 @@ def run(root: Path, scorer: HashScorer, **ppo: Any) -> Row:
     return run_phase(phases(root, ALONE, scorer, **ppo), START)[1]
 
 
-def test_the_ranks_exchange_six_times_a_phase_however_many_steps_it_has(tmp_path: Path) -> None:
-    """Whether to stop; the scores; the phase's figures; the minibatches' tokens; the steps' sums; and the traffic."""
+def test_the_ranks_exchange_eight_times_a_phase_however_many_steps_it_has(tmp_path: Path) -> None:
+    """Whether to stop; the scores; the phase's figures; rollouts and waits; the sampler's gap; the minibatches' tokens;
+    the steps' sums; and the memory."""
     for epochs in (1, 4):
         ranks = TwoRanks()
         run_phase(phases(tmp_path, ranks, HashScorer(), ppo_epochs=epochs), START)
-        assert ranks.said == ["sum", "gather_rows", "gather_rows", "sum", "gather_rows", "gather"]
+        assert ranks.said == ["sum", *["gather_rows"] * 2, *["gather"] * 2, "sum", "gather_rows", "gather"]
 
 
 def test_whitening_and_an_early_end_cost_one_exchange_more_each(tmp_path: Path) -> None:
     ranks = TwoRanks()
     trainer = phases(tmp_path, ranks, HashScorer(), whiten_rewards=True, max_update_kl=100.0)
     run_phase(trainer, START)
-    assert len(ranks.said) == 6 + 1 + 4  # once a phase, and once in each of four steps
+    assert len(ranks.said) == 8 + 1 + 4  # once a phase, and once in each of four steps
 
 
 def test_an_answer_that_reached_its_limit_pays_the_penalty(tmp_path: Path) -> None:

@@ -127,9 +127,12 @@ def test_a_top_without_a_trunk_has_a_cache_of_all_layers(kind: str) -> None:
     ids = torch.randint(0, VOCAB, (2, 9))
     positions = torch.arange(9).expand(2, -1)
     cache = split.top.part.new_cache()
+    cache.reserve(2, 9)
     with torch.no_grad():
-        split.top(ids[:, :6], torch.ones(2, 6), positions[:, :6], cache)
-        last = split.top(ids[:, 6:], torch.ones(2, 9), positions[:, 6:], cache)
+        cache.fill(0)
+        split.top(ids[:, :8], None, positions[:, :8], cache)
+        cache.extend(torch.tensor([8, 8]), 9)
+        last = split.top(ids[:, 8:], torch.ones(2, 9), positions[:, 8:], cache)
         torch.testing.assert_close(last[:, -1], split.top(ids)[:, -1], atol=1e-5, rtol=1e-5)
     assert len(cache.layers) == 3 and split.trunk.new_cache().layers == []
 

@@ -68,8 +68,11 @@ def test_7_the_kl_is_that_of_the_policy_to_the_reference_and_leaves_the_prompt_o
     """By enumeration: answers of one token, as often as a policy of 1/2, 3/10, 1/5 samples them."""
     policy, reference = [0.5, 0.3, 0.2], [0.2, 0.2, 0.6]
     sampled = [0] * 5 + [1] * 3 + [2] * 2
-    answers = [Response(row, [9] * prompt, [token], "eos", torch.zeros(prompt, 1)) for row, token in enumerate(sampled)]
     ours, theirs = (torch.tensor([math.log(table[token]) for token in sampled]) for table in (policy, reference))
+    states = torch.zeros(prompt, 1)
+    answers = [
+        Response(row, [9] * prompt, [token], "eos", states, ours[row : row + 1]) for row, token in enumerate(sampled)
+    ]
     noise = torch.rand(4, 10)
     figures, _ = phase_figures(answers, ours, theirs, *noise, ALONE)
     exact = sum(p * math.log(p / q) for p, q in zip(policy, reference, strict=True))
