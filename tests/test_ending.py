@@ -105,7 +105,7 @@ def test_a_term_with_time_left_has_the_training_save_and_the_next_one_ends_the_j
 
 
 def test_other_work_has_nothing_to_save(job) -> None:
-    it = job(("sft",))
+    it = job(("convert",))
     it.slurm_says(PREEMPTED)
     assert not it.signalled(signal.SIGUSR2)  # it may still end in time
     assert it.signalled(signal.SIGTERM)
