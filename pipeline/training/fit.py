@@ -6,6 +6,7 @@ was stopped or killed goes on in the middle of an epoch, and on a CPU ends in th
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -272,7 +273,8 @@ class _Loop(Generic[E]):
         self._gather()
         started = time.monotonic()
         state = {name: value for name, value in vars(self.state).items() if name != "complete"}
-        self.keeping.checkpoints.save(self.accelerator, self.state.step, {**state, "extra": self.hooks.extra})
+        kept = copy.deepcopy({**state, "extra": self.hooks.extra})  # written while the loop goes on, perhaps
+        self.keeping.checkpoints.save(self.accelerator, self.state.step, kept)
         self._saved = self.state.step
         self._pause(started)
 
