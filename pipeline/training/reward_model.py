@@ -9,12 +9,10 @@ with the tokenizer.
 
 from __future__ import annotations
 
-import logging
-import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pipeline.procs import die_with_parent
 
@@ -27,18 +25,18 @@ from torch import Tensor, nn
 
 from pipeline.data.preferences import Preference, read_split
 from pipeline.data.tokens import encode_pair, load_tokenizer, pad_id
+from pipeline.evaluation.reward_model import BINS, expected_calibration_error
 from pipeline.run.sources import base_model_path, tokenizer_path
-from pipeline.run.work import Progress, parse_work, write_result
+from pipeline.training.batches import pad_rows
 from pipeline.training.model_card import Card, write_card
-from pipeline.training.models import check_positions, disable_dropout, load_reward_model, save_model
+from pipeline.training.models import check_positions, disable_dropout, load_reward_model
+from pipeline.training.packing import additive
 from pipeline.training.report_once import run_rank
-from pipeline.training.supervised import Task, fit, pad_rows, start_process, sum_over
-from pipeline.training.tracking import end_tracking
+from pipeline.training.supervised import start, train
+from pipeline.training.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,56 +85,77 @@ def _segments(pair: Pair) -> list[int]:
     return [0] * len(pair.prompt) + [1] * len(pair.chosen) + [2] * len(pair.rejected)
 
 
-def answer_mask(segments: Tensor) -> Tensor:
+def answer_mask(segments: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Additive attention mask: a token sees what lies before it in the prompt and in its own answer.
 
-    (B, T) int64 -> (B, 1, T, T) float32, 0 where allowed and the least float32 elsewhere. No row is empty: a token
-    sees itself.
+    (B, T) int64 -> (B, 1, T, T), 0 where allowed and the least number elsewhere. No row is empty: a token sees itself.
     """
-    width = segments.shape[1]
-    causal = torch.ones(width, width, dtype=torch.bool, device=segments.device).tril()
     keys, queries = segments[:, None, :], segments[:, :, None]
-    allowed = causal & ((keys == 0) | (keys == queries))  # (B, T, T)
-    mask = torch.zeros(allowed.shape, device=segments.device)
-    return mask.masked_fill(~allowed, torch.finfo(torch.float32).min).unsqueeze(1)
+    return additive((keys == 0) | (keys == queries), dtype)
 
 
 def scores(model: PreTrainedModel, ids: Tensor, positions: Tensor, segments: Tensor, ends: Tensor) -> Tensor:
     """Rewards of both answers, float32: the score head at their last tokens. # 3 x (B, T), (B, 2) -> (B, 2)"""
     output = model.base_model(
-        input_ids=ids, position_ids=positions, attention_mask=answer_mask(segments), use_cache=False
+        input_ids=ids, position_ids=positions, attention_mask=answer_mask(segments, model.dtype), use_cache=False
     )
     rows = torch.arange(len(ids), device=ids.device).unsqueeze(1) * ids.shape[1]  # (B, 1)
     hidden = output.last_hidden_state.flatten(0, 1).index_select(0, (rows + ends).flatten())  # (2B, H)
     return model.score(hidden).float().view(-1, 2)  # type: ignore[no-any-return]
 
 
-class PairLoss(nn.Module):
-    """Sum over pairs of -log sigmoid(chosen - rejected)."""
+STATISTICS = ("losses/loss", "losses/pair_loss", "accuracy", "margin", "chosen_mean", "rejected_mean")
+"""What `PairLoss` sums, in this order, before the bins of the calibration."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+
+class PairLoss(nn.Module):
+    """Sum over pairs of -log sigmoid(chosen - rejected) + center * (chosen + rejected)^2.
+
+    The second term keeps rewards near 0, which the first leaves open (Eisenstein et al. 2023, arXiv:2312.09244).
+    """
+
+    def __init__(self, model: PreTrainedModel, center: float = 0.0) -> None:
         super().__init__()
         self.model = model
+        self.center = center
 
-    def forward(self, ids: Tensor, positions: Tensor, segments: Tensor, ends: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, segments: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum (), and with it as float64 those of STATISTICS and of `calibration_sums`. # (6 + BINS,)"""
         chosen, rejected = scores(self.model, ids, positions, segments, ends).unbind(1)  # (B,), (B,)
-        return -F.logsigmoid(chosen - rejected).sum()
+        loss = -F.logsigmoid(chosen - rejected).sum()
+        if self.center:
+            loss = loss + self.center * (chosen + rejected).square().sum()
+        chosen, rejected = chosen.detach().double(), rejected.detach().double()
+        sums = [loss.detach().double().reshape(1), pair_sums(chosen, rejected), calibration_sums(chosen - rejected)]
+        return loss, torch.cat(sums)
 
 
 def pair_sums(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Sums over pairs, float64: right, margin, loss, chosen, rejected. A tie is half right. # (B,), (B,) -> (5,)"""
-    chosen, rejected = chosen.double(), rejected.double()
+    """Sums over pairs: logistic loss, right, margin, chosen, rejected. A tie is half right. # 2 x (B,) -> (5,)"""
     margin = chosen - rejected
-    right = (margin > 0).double() + 0.5 * (margin == 0).double()
-    return torch.stack([right, margin, -F.logsigmoid(margin), chosen, rejected]).sum(dim=1)
+    return torch.stack([-F.logsigmoid(margin), _right(margin), margin, chosen, rejected]).sum(dim=1)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the stage's work."""
-    started = time.monotonic()
-    run, config, out = parse_work(__doc__ or "", argv)
-    settings = config.reward_model
-    accelerator = start_process(settings, config.seed)
+def calibration_sums(margin: Tensor) -> Tensor:
+    """Per bin of confidence sigmoid(|margin|), the sum of (right - confidence). # (B,) -> (BINS,)
+
+    Over all pairs these give the expected calibration error: the sum of their absolute values over the number of pairs
+    (`pipeline.evaluation.reward_model.expected_calibration_error`).
+    """
+    confidence = torch.sigmoid(margin.abs())
+    place = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)  # (B,)
+    gap = _right(margin) - confidence
+    return (F.one_hot(place, BINS) * gap[:, None]).sum(dim=0)
+
+
+def _right(margin: Tensor) -> Tensor:
+    return (margin > 0).to(margin.dtype) + 0.5 * (margin == 0).to(margin.dtype)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the stage's work; returns the exit status."""
+    session = start("reward-model", "reward_model", __doc__ or "", argv)
+    run, config, settings = session.run, session.config, session.config.reward_model
     if settings.base == "sft":
         base = run.artifact("sft", "model")
         tokenizer = load_tokenizer(base)
@@ -144,44 +163,37 @@ def main(argv: list[str] | None = None) -> None:
         base = base_model_path(run, config)
         tokenizer = load_tokenizer(tokenizer_path(run, config, base))
     check_positions(base, "reward_model.max_length", settings.max_length)
-    train = make_pairs(read_split(run, "train"), tokenizer, settings.max_length)
-    test = make_pairs(read_split(run, "test"), tokenizer, settings.max_length)
+    examples = make_pairs(read_split(run, "train"), tokenizer, settings.max_length)
+    heldout = make_pairs(read_split(run, "test"), tokenizer, settings.max_length)
     model = load_reward_model(base, torch.float32, new_head=True)
     disable_dropout(model)
     pad = pad_id(tokenizer)
     model.config.pad_token_id = pad  # Hugging Face's own pooling needs it for batches
-    module = PairLoss(model)
-    task: Task[Pair] = Task(lambda batch: collate(batch, pad), lambda _: 1)
-    steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
-    progress = Progress(out, steps) if accelerator.is_main_process else None
-    done = fit(accelerator, module, task, train, settings, config.seed, progress)
+    task: Task[Pair] = Task(lambda batch: collate(batch, pad), lambda _: 1, STATISTICS)
 
-    module.eval()
+    def summarise(sums: list[float]) -> dict[str, float]:
+        names = ("loss", *STATISTICS[2:])  # the pairs' loss, without what centres
+        figures = {name: value / len(heldout) for name, value in zip(names, sums[1:], strict=False)}
+        return {**figures, "calibration_error": expected_calibration_error(sums[len(STATISTICS) :], len(heldout))}
 
-    def measure(*tensors: Tensor) -> Tensor:
-        with accelerator.autocast():
-            return pair_sums(*scores(model, *tensors).unbind(1))
+    def describe(folder: Path, values: dict[str, Any]) -> None:
+        origin = "its supervised fine-tuning on the same data" if settings.base == "sft" else None
+        card = Card("Reward model", ("reward_model",), values, origin, task="text-classification")
+        write_card(folder, session.run, session.config, card)
 
-    names = ("accuracy", "margin", "loss", "chosen_mean", "rejected_mean")
-    sums = sum_over(accelerator, measure, task, test)
-    values: dict[str, float | int] = {name: value / len(test) for name, value in zip(names, sums, strict=True)}
-    _log.info("held-out accuracy %(accuracy).3f margin %(margin).3f loss %(loss).4f", values)
-    if accelerator.is_main_process:
-        save_model(model, tokenizer, out / "model")
-        values |= {
-            "pairs": len(test),
-            "train_loss_last": done.loss_last,
-            "steps": done.steps,
-            "processes": accelerator.num_processes,
-            "train_seconds": round(done.seconds, 3),
-            "seconds": round(time.monotonic() - started, 3),
-        }
-        start = "its supervised fine-tuning on the same data" if settings.base == "sft" else None
-        card = Card("Reward model", ("reward_model",), values, start, task="text-classification")
-        write_card(out / "model", run, config, card)
-        write_result(out, {"model": "model"}, values)
-    accelerator.wait_for_everyone()
-    end_tracking(accelerator)
+    return train(
+        session,
+        base,
+        PairLoss(model, settings.center),
+        model,
+        tokenizer,
+        task,
+        examples,
+        heldout,
+        summarise,
+        counts={"pairs": len(heldout)},
+        describe=describe,
+    )
 
 
 if __name__ == "__main__":

@@ -2,18 +2,16 @@
 
     [accelerate launch ...] python -m pipeline.training.sft --run RUN --out DIR
 
-Writes DIR/model, a Hugging Face folder with the tokenizer. Killed, it is run again from its start and gives the
-same weights.
+Writes DIR/model, a Hugging Face folder with the tokenizer.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pipeline.procs import die_with_parent
 
@@ -28,22 +26,21 @@ from pipeline.config.methods import SFT
 from pipeline.data.preferences import Preference, read_split
 from pipeline.data.tokens import encode_pair, load_tokenizer, pad_id
 from pipeline.run.sources import base_model_path, tokenizer_path
-from pipeline.run.work import Progress, parse_work, write_result
+from pipeline.training.batches import pad_rows
 from pipeline.training.model_card import Card, write_card, write_generation_config
-from pipeline.training.models import check_positions, disable_dropout, load_causal_lm, save_model
+from pipeline.training.models import check_positions, disable_dropout, load_causal_lm
+from pipeline.training.packing import PackedRow, block_mask, pack, positions_and_segments
 from pipeline.training.report_once import run_rank
-from pipeline.training.supervised import Task, fit, hidden_states, pad_rows, start_process, sum_over
-from pipeline.training.tracking import end_tracking
+from pipeline.training.supervised import hidden_states, start, train
+from pipeline.training.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Ids of prompt and response, EOS included; tokens from `first` on carry loss."""
+    """Ids of prompt and response, with its EOS if it gets one; tokens from `first` on carry loss."""
 
     ids: tuple[int, ...]
     first: int
@@ -63,7 +60,11 @@ def make_dialogues(
     """The chosen dialogues as ids. The very first token of a dialogue has nothing to be predicted from."""
     dialogues = []
     for preference in preferences:
-        prompt, response = encode_pair(tokenizer, preference.prompt, preference.chosen, settings.max_length)
+        if settings.append_eos:
+            prompt, response = encode_pair(tokenizer, preference.prompt, preference.chosen, settings.max_length)
+        else:  # the place of the EOS that is taken off again is the text's
+            prompt, response = encode_pair(tokenizer, preference.prompt, preference.chosen, settings.max_length + 1)
+            response = response[:-1]
         first = 1 if settings.loss_on == "dialogue" else max(1, len(prompt))
         dialogues.append(Dialogue((*prompt, *response), first))
     return [dialogue for dialogue in dialogues if dialogue.loss_tokens > 0]
@@ -74,12 +75,26 @@ def collate(dialogues: Sequence[Dialogue], pad: int) -> tuple[Tensor, Tensor, Te
 
     All int64. The places index a (B * T, H) view of the hidden states.
     """
-    ids = pad_rows([dialogue.ids for dialogue in dialogues], pad)  # (B, T)
-    width = ids.shape[1]
-    places = [
-        row * width + at - 1 for row, dialogue in enumerate(dialogues) for at in range(dialogue.first, dialogue.length)
-    ]
-    targets = [token for dialogue in dialogues for token in dialogue.ids[dialogue.first :]]
+    return _collate([[dialogue] for dialogue in dialogues], pad)
+
+
+def collate_packed(rows: Sequence[PackedRow[Dialogue]], pad: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `collate`, of rows that hold several dialogues; also their positions and segments (B, T), int64."""
+    ids, places, targets = _collate([row.examples for row in rows], pad)
+    lengths = [[dialogue.length for dialogue in row.examples] for row in rows]
+    return ids, places, targets, *positions_and_segments(lengths)
+
+
+def _collate(rows: Sequence[Sequence[Dialogue]], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    ids = pad_rows([[token for dialogue in row for token in dialogue.ids] for row in rows], pad)  # (B, T)
+    places: list[int] = []
+    targets: list[int] = []
+    for at, row in enumerate(rows):
+        start = at * ids.shape[1]
+        for dialogue in row:
+            places += range(start + dialogue.first - 1, start + dialogue.length - 1)
+            targets += dialogue.ids[dialogue.first :]
+            start += dialogue.length
     return ids, torch.tensor(places), torch.tensor(targets)  # (B, T), (N,), (N,)
 
 
@@ -90,59 +105,68 @@ class ResponseLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor, places: Tensor, targets: Tensor) -> Tensor:  # (B, T), (N,), (N,) -> ()
-        hidden = hidden_states(self.model, ids).flatten(0, 1).index_select(0, places)  # (N, H)
+    def forward(
+        self,
+        ids: Tensor,  # (B, T)
+        places: Tensor,  # (N,)
+        targets: Tensor,  # (N,)
+        positions: Tensor | None = None,  # (B, T), where rows hold several dialogues
+        segments: Tensor | None = None,  # (B, T)
+    ) -> tuple[Tensor, Tensor]:  # (), (1,)
+        """The sum, and the same detached as float64."""
+        mask = None if segments is None else block_mask(segments, self.model.dtype)
+        hidden = hidden_states(self.model, ids, positions, mask).flatten(0, 1).index_select(0, places)  # (N, H)
         logits = self.model.get_output_embeddings()(hidden)  # (N, V)
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        return loss, loss.detach().double().reshape(1)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the stage's work."""
-    started = time.monotonic()
-    run, config, out = parse_work(__doc__ or "", argv)
-    settings = config.sft
-    accelerator = start_process(settings, config.seed)
+def make_task(settings: SFT, pad: int) -> Task[Dialogue]:
+    """Dialogues, or rows of several, as the loop trains them."""
+    width = min(settings.max_length, settings.micro_batch_tokens)
+    if not settings.packing:
+        return Task(lambda batch: collate(batch, pad), lambda dialogue: dialogue.loss_tokens)
+    return Task(
+        lambda rows: collate_packed(rows, pad),
+        lambda dialogue: dialogue.loss_tokens,
+        rows=lambda dialogues: pack(dialogues, width),
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the stage's work; returns the exit status."""
+    session = start("sft", "sft", __doc__ or "", argv)
+    run, config, settings = session.run, session.config, session.config.sft
     base = base_model_path(run, config)
     tokenizer = load_tokenizer(tokenizer_path(run, config, base))
     check_positions(base, "sft.max_length", settings.max_length)
-    train = make_dialogues(read_split(run, "train"), tokenizer, settings)
-    test = make_dialogues(read_split(run, "test"), tokenizer, settings)
+    examples = make_dialogues(read_split(run, "train"), tokenizer, settings)
+    heldout = make_dialogues(read_split(run, "test"), tokenizer, settings)
     model = load_causal_lm(base, torch.float32)
     disable_dropout(model)
-    module = ResponseLoss(model)
-    pad = pad_id(tokenizer)
-    task: Task[Dialogue] = Task(lambda batch: collate(batch, pad), lambda dialogue: dialogue.loss_tokens)
-    steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
-    progress = Progress(out, steps) if accelerator.is_main_process else None
-    done = fit(accelerator, module, task, train, settings, config.seed, progress)
+    tokens = sum(dialogue.loss_tokens for dialogue in heldout)
 
-    module.eval()
+    def summarise(sums: list[float]) -> dict[str, float]:
+        return {"loss": sums[0] / tokens, "perplexity": math.exp(min(sums[0] / tokens, 50.0))}
 
-    def measure(ids: Tensor, places: Tensor, targets: Tensor) -> Tensor:
-        with accelerator.autocast():
-            return module(ids, places, targets).double().reshape(1)  # type: ignore[no-any-return]
+    def describe(folder: Path, values: dict[str, Any]) -> None:
+        write_generation_config(folder, tokenizer, session.config)
+        write_card(folder, session.run, session.config, Card("SFT", ("sft",), values))
 
-    tokens = sum(dialogue.loss_tokens for dialogue in test)
-    loss = sum_over(accelerator, measure, task, test)[0] / tokens
-    _log.info("held-out loss %.4f over %d tokens after %d steps in %.1f s", loss, tokens, done.steps, done.seconds)
-    if accelerator.is_main_process:
-        save_model(model, tokenizer, out / "model")
-        values = {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 50.0)),
-            "test_tokens": tokens,
-            "train_loss_first": done.loss_first,
-            "train_loss_last": done.loss_last,
-            "steps": done.steps,
-            "processes": accelerator.num_processes,
-            "train_seconds": round(done.seconds, 3),
-            "seconds": round(time.monotonic() - started, 3),
-        }
-        write_generation_config(out / "model", tokenizer, config)
-        write_card(out / "model", run, config, Card("SFT", ("sft",), values))
-        write_result(out, {"model": "model"}, values)
-    accelerator.wait_for_everyone()
-    end_tracking(accelerator)
+    return train(
+        session,
+        base,
+        ResponseLoss(model),
+        model,
+        tokenizer,
+        make_task(settings, pad_id(tokenizer)),
+        examples,
+        heldout,
+        summarise,
+        shuffled=settings.shuffle,
+        counts={"test_tokens": tokens},
+        describe=describe,
+    )
 
 
 if __name__ == "__main__":
