@@ -36,6 +36,8 @@ class Response:
 
 
 OnFinished = Callable[[list[Response]], None]
+Adjust = Callable[[Tensor, Tensor], Tensor]
+"""(logits (b, V), hidden (b, H) behind the final norm at the same place) -> scores (b, V) to sample from."""
 
 
 @torch.no_grad()
@@ -47,8 +49,12 @@ def decode(
     end_id: int,
     generator: torch.Generator,
     on_finished: OnFinished | None = None,
+    *,
+    adjust: Adjust | None = None,
 ) -> list[Response]:
     """Sample one response a prompt; the list is in the prompts' order.
+
+    `adjust` changes the logits before temperature, top-k, top-p and sampling.
 
     `on_finished` gets the responses that ended at a step, in row order, while the others go on. Which rows end
     together follows from the prompts, the weights and the generator alone, never from timing.
@@ -56,7 +62,7 @@ def decode(
     Each row has its own noise (row i of a full (B, V) draw a step), whoever else is alive: two policies decoded with
     equally seeded generators face the same luck.
     """
-    batch = _Batch(split, prompts, generate)
+    batch = _Batch(split, prompts, generate, adjust)
     logits = batch.prefill()
     for step in range(generate.max_new_tokens):
         noise = torch.empty(len(prompts), logits.shape[-1], device=split.device)  # (B, V)
@@ -102,7 +108,8 @@ def keep_likely(scores: Tensor, top_k: int, top_p: float) -> Tensor:
 class _Batch:
     """The rows that are being decoded: tensors of the live ones, lists of all."""
 
-    def __init__(self, split: Split, prompts: Sequence[list[int]], generate: Generate) -> None:
+    def __init__(self, split: Split, prompts: Sequence[list[int]], generate: Generate, adjust: Adjust | None) -> None:
+        self._adjust = adjust
         if not prompts or not all(prompts):
             raise ValueError("decode needs prompts, and each must hold at least one id")
         self._split = split
@@ -167,8 +174,9 @@ class _Batch:
     def _logits(self, states: Tensor, positions: Tensor) -> Tensor:
         top = self._split.top
         hidden = top.part(states, self._mask, positions, self._top_cache)
-        logits: Tensor = top.head(hidden[:, -1])  # only the last position meets the vocabulary
-        return logits
+        last = hidden[:, -1]
+        logits: Tensor = top.head(last)  # only the last position meets the vocabulary
+        return logits if self._adjust is None else self._adjust(logits, last)
 
     def _finish(self, row: int, finish: Finish) -> Response:
         tokens = self._sampled[row]
