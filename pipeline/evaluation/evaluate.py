@@ -37,12 +37,12 @@ from pipeline.training.advantages import kl_k3
 from pipeline.training.decode import Response
 from pipeline.training.metrics import Row, read_rows
 from pipeline.training.models import disable_dropout, load_causal_lm
-from pipeline.training.policy import token_logprobs
 from pipeline.training.prompts import blocks, generator_for
 from pipeline.training.rollout import Sampler
 from pipeline.training.scoring_text import ScoringText
 from pipeline.training.split import Split, split_model
 from pipeline.training.stopping import StopSequences
+from pipeline.training.vocabulary import token_logprobs
 
 if TYPE_CHECKING:
     from pipeline.serving.scorer import Scorer
@@ -173,9 +173,9 @@ def response_logprobs(split: Split, responses: Sequence[Response], temperature: 
     parts = []
     for row, response in enumerate(responses):
         first = len(response.prompt) - 1
-        logits = split.top.head(hidden[row, first : first + len(response.tokens)])
+        states = hidden[row, first : first + len(response.tokens)]
         targets = torch.tensor(response.tokens, device=split.device)
-        parts.append(token_logprobs(logits, targets, temperature, False)[0])
+        parts.append(token_logprobs(split.top.head, states, targets, temperature, False)[0])
     return torch.cat(parts)
 
 

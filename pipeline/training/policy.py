@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.training.split import Top
+from pipeline.training.vocabulary import token_logprobs
 
 
 class TokenOutputs(NamedTuple):
@@ -36,11 +37,16 @@ class Policy(nn.Module):
         targets: Tensor,  # (n,) the sampled ids
         temperature: float,
         with_entropy: bool = False,
+        values_alone: bool = False,
     ) -> TokenOutputs:
-        """Rows start at position 0 and are padded on the right, so causality alone hides the padding."""
+        """Rows start at position 0 and are padded on the right, so causality alone hides the padding.
+
+        `values_alone`: no gradient of the values reaches the language model, as while only the critic is trained.
+        """
         hidden = self.top.part(states).flatten(0, 1)[index]  # (n, H): only these meet the vocabulary
-        logprobs, entropy = token_logprobs(self.top.head(hidden), targets, temperature, with_entropy)
-        return TokenOutputs(logprobs, self.value(hidden).squeeze(-1).float(), entropy)
+        logprobs, entropy = token_logprobs(self.top.head, hidden, targets, temperature, with_entropy)
+        values = self.value(hidden.detach() if values_alone else hidden).squeeze(-1).float()
+        return TokenOutputs(logprobs, values, entropy)
 
 
 def value_head(hidden_size: int, seed: int) -> nn.Sequential:
@@ -61,23 +67,4 @@ def value_head(hidden_size: int, seed: int) -> nn.Sequential:
 def reference_logprobs(top: Top, states: Tensor, index: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """Log-probabilities (n,) of the same tokens under a frozen top over the same states."""
     hidden = top.part(states).flatten(0, 1)[index]
-    return token_logprobs(top.head(hidden), targets, temperature, False)[0]
-
-
-def token_logprobs(
-    logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities (n,) of `targets` (n,) under softmax(logits (n, V) / temperature), in float32.
-
-    The temperature belongs to the policy that was sampled from. Top-k and top-p do not enter: they only shorten the
-    tail of what is sampled, as in trlX.
-    """
-    scaled = logits.float() / temperature
-    normaliser = scaled.logsumexp(dim=-1)
-    logprobs = scaled.gather(-1, targets[:, None]).squeeze(-1) - normaliser
-    if not with_entropy:
-        return logprobs, None
-    with torch.no_grad():
-        probabilities = (scaled - normaliser[:, None]).exp()
-        entropy = normaliser - (probabilities * scaled).sum(dim=-1)
-    return logprobs, entropy
+    return token_logprobs(top.head, hidden, targets, temperature, False)[0]
