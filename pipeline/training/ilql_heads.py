@@ -50,27 +50,29 @@ class Heads(nn.Module):
         return torch.stack(q), torch.stack(nll)
 
 
-class TargetHeads:
-    """Slow copies of the Q heads, in at least float32 and without gradients.
+class TargetHeads(nn.Module):
+    """Slow copies of the Q heads, without gradients and in at least float32.
 
-    Not a module, so that no wrapper of the trained one casts, shards or optimises them: bf16 would swallow a
-    synchronisation of 1e-4 whole.
+    Parameters, and not buffers, so that a data-parallel wrapper saves them but does not send them around at each step.
     """
 
     def __init__(self, heads: Heads) -> None:
-        dtype = torch.promote_types(next(heads.parameters()).dtype, torch.float32)
-        self.q_heads = copy.deepcopy(heads.q_heads).to(dtype).requires_grad_(False)
+        super().__init__()
+        self.q_heads = copy.deepcopy(heads.q_heads).requires_grad_(False)
+        self.widen()
 
-    def to(self, device: torch.device) -> TargetHeads:
-        """On `device`; returns itself."""
-        self.q_heads.to(device)
-        return self
+    def widen(self) -> None:
+        """Back to float32 if a wrapper has cast them: bf16 would swallow a synchronisation of 1e-4 whole."""
+        self.q_heads.to(torch.promote_types(self.dtype, torch.float32))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.q_heads.parameters()).dtype
 
     @torch.no_grad()
     def smallest_taken(self, hidden: Tensor, actions: Tensor) -> Tensor:
         """The smaller target Q (n,) of `actions` (n,) in states (n, H): dot products only."""
-        wide = hidden.to(next(self.q_heads.parameters()).dtype)
-        return taken_values(self.q_heads, wide, actions).amin(dim=0)
+        return taken_values(self.q_heads, hidden.to(self.dtype), actions).amin(dim=0)
 
     @torch.no_grad()
     def sync(self, heads: Heads, alpha: float) -> None:
@@ -78,14 +80,6 @@ class TargetHeads:
         pairs = zip(self.q_heads.parameters(), heads.q_heads.parameters(), strict=True)
         for target, trained in pairs:
             target.lerp_(trained.detach().to(target.dtype), alpha)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Weights by name, as a checkpoint keeps them."""
-        return dict(self.q_heads.state_dict())
-
-    def load_state_dict(self, weights: dict[str, Any]) -> None:
-        """Take the weights of a checkpoint."""
-        self.q_heads.load_state_dict(weights)
 
 
 def make_head(hidden_size: int, outputs: int) -> nn.Sequential:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -18,17 +16,17 @@ SPREADS = ("mean", "std", "min", "max")
 
 
 class ILQLModule(nn.Module):
-    """Everything that is trained is registered here, and only that: what is frozen runs without gradients.
+    """The part of the language model that is trained, and the heads; a frozen trunk below runs without gradients.
 
     Everything happens in `forward`, so that a data-parallel wrapper sees it.
     """
 
-    def __init__(self, split: Split, all_layers: bool, heads: Heads, targets: TargetHeads, settings: ILQL) -> None:
+    def __init__(self, split: Split, heads: Heads, settings: ILQL) -> None:
         super().__init__()
-        self.model: Any = split.whole if all_layers else split.top
+        self.top = split.top
         self.heads = heads
-        self._trunk = None if all_layers else (split.trunk,)  # in a tuple, where modules are not looked for
-        self._targets = targets
+        self.targets = TargetHeads(heads)
+        self._trunk = (split.trunk,)  # in a tuple, where modules are not looked for
         self._settings = settings
 
     def forward(
@@ -39,20 +37,22 @@ class ILQLModule(nn.Module):
         rewards: Tensor,  # (N,)
         last: Tensor,  # (N,) bool
     ) -> tuple[Tensor, Tensor]:
-        """The sum () of all terms over the N actions, and `statistics` of them (K,), without gradient.
+        """The sum () of all terms over the N actions, and `statistics` (K,) of them, float64 without gradient.
 
         Only the states of actions meet a head, and none of them the whole vocabulary but for a cross-entropy.
         """
         settings = self._settings
-        hidden = self._hidden(ids).flatten(0, 1).index_select(0, places)  # (N, H)
+        with torch.no_grad():
+            states = self._trunk[0](ids)
+        hidden = self.top.part(states).flatten(0, 1).index_select(0, places)  # (N, H)
         values = self.heads.values(hidden)
-        target_q = self._targets.smallest_taken(hidden.detach(), actions)
+        target_q = self.targets.smallest_taken(hidden.detach(), actions)
         if settings.cql_scale:
             q, q_nll = self.heads.taken_and_nll(hidden, actions)
         else:
             q = self.heads.taken(hidden, actions)
             q_nll = torch.zeros_like(q)
-        lm_nll = -token_logprobs(self._lm_head(), hidden, actions, 1.0, False)[0]
+        lm_nll = -token_logprobs(self.top.head, hidden, actions, 1.0, False)[0]
         terms = ilql_terms(
             q=q,
             target_q=target_q,
@@ -68,19 +68,10 @@ class ILQLModule(nn.Module):
         loss = total_loss(terms, settings.cql_scale, settings.awac_scale)
         return loss, statistics(loss, terms, values, q)
 
-    def _hidden(self, ids: Tensor) -> Tensor:  # (B, T) -> (B, T, H)
-        hidden: Tensor
-        if self._trunk is None:
-            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        else:
-            with torch.no_grad():
-                states = self._trunk[0](ids)
-            hidden = self.model.part(states)
-        return hidden
-
-    def _lm_head(self) -> nn.Module:
-        head: nn.Module = self.model.get_output_embeddings() if self._trunk is None else self.model.head
-        return head
+    def after_step(self, step: int) -> None:
+        """Let the targets follow if optimiser step `step`, counted from 1, is one at which they do."""
+        if step % self._settings.steps_for_target_q_sync == 0:
+            self.targets.sync(self.heads, self._settings.alpha)
 
 
 @torch.no_grad()
