@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pipeline.config.training import Generate
 from pipeline.data.tokens import encode
-from pipeline.training.decode import Response, decode, keep_likely, sample
+from pipeline.training.decode import Response, decode
+from pipeline.training.sampling import keep_likely, luck_of, sample
 from pipeline.training.split import split_model
 from pipeline.training.stopping import StopSequences, decode_text
 
@@ -22,17 +23,15 @@ def generator() -> torch.Generator:
 
 
 def slow_decode(model: torch.nn.Module, prompts: list[list[int]], generate: Generate, end: int) -> list[list[int]]:
-    noise_source = generator()
-    steps, shape = range(generate.max_new_tokens), (len(prompts), VOCAB)
-    noises = [torch.empty(shape).exponential_(generator=noise_source) for _ in steps]
+    luck = torch.rand(len(prompts), generate.max_new_tokens, dtype=torch.float64, generator=generator())
     results = []
     for row, prompt in enumerate(prompts):
         tokens: list[int] = []
         while len(tokens) < generate.max_new_tokens and (not tokens or tokens[-1] != end):
             with torch.no_grad():
-                logits: Tensor = model(input_ids=torch.tensor([prompt + tokens]), use_cache=False).logits[:, -1]
-            probabilities = (logits / generate.temperature).softmax(-1)
-            tokens.append(int((probabilities / noises[len(tokens)][row]).argmax()))
+                logits: Tensor = model(input_ids=torch.tensor([prompt + tokens]), use_cache=False).logits[0, -1]
+            reached = (logits.double() / generate.temperature).softmax(-1).cumsum(-1) > luck[row, len(tokens)]
+            tokens.append(int(reached.nonzero()[0]))
         results.append(tokens)
     return results
 
@@ -110,8 +109,9 @@ def test_without_eos_and_stop_a_row_runs_to_its_limit() -> None:
 
 def test_sampling_follows_the_softmax() -> None:
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]])).expand(20000, -1)
-    noise = torch.empty(20000, 3).exponential_(generator=generator())
-    shares = sample(logits, noise, Generate()).bincount(minlength=3) / 20000
+    tokens, told = sample(logits, luck_of(20000, 1, generator())[:, 0], Generate())
+    torch.testing.assert_close(told, logits[0][tokens])
+    shares = tokens.bincount(minlength=3) / 20000
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2]), atol=0.01, rtol=0.0)
 
 

@@ -24,7 +24,7 @@ def scoring(same: bool = True, max_length: int = 200) -> ScoringText:
 
 
 def response(tokens: list[int], finish: Finish) -> Response:
-    return Response(0, encode(tokenizer(), PROMPT), tokens, finish, torch.empty(0))
+    return Response(0, encode(tokenizer(), PROMPT), tokens, finish, torch.empty(0), torch.empty(0))
 
 
 def test_an_ended_response_is_scored_as_it_was_sampled() -> None:

@@ -44,11 +44,6 @@ def check_sizes(config: Config) -> None:
             f"ppo.num_rollouts: {ppo.num_rollouts} is not a multiple of train.batch_size = {train.batch_size}; "
             "every optimiser step takes a full batch"
         )
-    if ppo.num_rollouts % ppo.chunk_size:
-        raise ValueError(
-            f"ppo.num_rollouts: {ppo.num_rollouts} is not a multiple of ppo.chunk_size = {ppo.chunk_size}; "
-            "rollouts are decoded in full chunks"
-        )
     if ppo.scale_reward == "ref" and ppo.ref_std is None:
         raise ValueError('ppo.ref_std: is needed by ppo.scale_reward = "ref"; give the standard deviation')
     for sequence in generate.stop_sequences:

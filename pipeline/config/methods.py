@@ -91,7 +91,7 @@ class PPO(Section):
     num_rollouts: int = Field(64, ge=1)
     """Rollouts per process and phase."""
     chunk_size: int = Field(16, ge=1)
-    """Prompts that are decoded together, per process."""
+    """Rollouts that are decoded side by side, per process; where one ends, the next prompt takes its place."""
     init_kl_coef: float = Field(0.05, ge=0)
     """First coefficient of the KL penalty, in scaled reward per nat."""
     target: float | None = Field(6.0, gt=0)

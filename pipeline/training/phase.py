@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+import torch
 
 from pipeline.config.schema import Config
 from pipeline.run.directory import RunDir
 from pipeline.training.advantages import explained_variance
 from pipeline.training.control import KLController, clip_scores, scale_of
-from pipeline.training.decode import Response
 from pipeline.training.metrics import Row
 from pipeline.training.prompts import generator_for, phase_prompts
 from pipeline.training.reward_source import server_figures
-from pipeline.training.rollout import PendingScores, Sampler
+from pipeline.training.rollout import Sampler
 from pipeline.training.split import Top
 from pipeline.training.state import Data, TrainState
 from pipeline.training.stop import StopRequest
@@ -48,7 +48,9 @@ class Phases:
         self.sampler.scorer.traffic()  # an evaluation's is not this phase's
         config, ppo, ranks = self.config, self.config.ppo, self.ranks
         rows = phase_prompts(state.phase, ranks.rank, ranks.world, ppo.num_rollouts, len(self.data.train), config.seed)
-        responses, pending = self.sample(rows, state.phase)
+        prompts = [self.data.train[row].prompt for row in rows]
+        generator = generator_for(ranks.device, config.seed, "rollout", ranks.rank, state.phase)
+        responses, pending = self.sampler.sample(prompts, generator, ppo.chunk_size, lambda: bool(self.stop))
         if ranks.any(bool(self.stop)):
             return None
         sampled = time.monotonic()
@@ -61,7 +63,7 @@ class Phases:
         exp = experience(self.updater.policy, reference, responses, plans[0], temperature)
         estimated = time.monotonic()
 
-        scores = [score for chunk in pending for score in chunk.result()]
+        scores = pending.result()
         scored = time.monotonic()
         if self.data.train_baselines is not None:
             scores = [score - self.data.train_baselines[row] for row, score in zip(rows, scores, strict=True)]
@@ -89,6 +91,7 @@ class Phases:
             "values/explained_variance": explained_variance(exp.values, targets.returns, ranks.sum),
             **losses,
             **token_row(exp, ranks),
+            **logprob_gap(exp, ranks),
             "time/rollout_generate": sampled - started,
             "time/forward": estimated - sampled,
             "time/rollout_score": scored - estimated,
@@ -109,21 +112,6 @@ class Phases:
             seconds=state.seconds + ended - started,
         )
         return after, row
-
-    def sample(self, rows: Sequence[int], phase: int) -> tuple[list[Response], list[PendingScores]]:
-        """Sample the phase's chunks; a stop that is asked for meanwhile cuts it short."""
-        responses: list[Response] = []
-        pending = []
-        size = self.config.ppo.chunk_size
-        for chunk, start in enumerate(range(0, len(rows), size)):
-            if self.stop:
-                break
-            prompts = [self.data.train[row].prompt for row in rows[start : start + size]]
-            generator = generator_for(self.ranks.device, self.config.seed, "rollout", self.ranks.rank, phase, chunk)
-            more, scores = self.sampler.sample(prompts, generator)
-            responses += more
-            pending.append(scores)
-        return responses, pending
 
 
 def token_row(exp: Experience, ranks: Ranks) -> Row:
@@ -150,4 +138,15 @@ def token_row(exp: Experience, ranks: Ranks) -> Row:
         "finished/length": 1.0 - (eos + stopped) / rows,
         "policy/entropy": entropy / tokens,
         "old_values/mean": values / tokens,
+    }
+
+
+def logprob_gap(exp: Experience, ranks: Ranks) -> Row:
+    """How far the log-probabilities that the decode loop saw are from those of the module that is trained: mean and
+    largest difference, in nats per token, over all ranks. More than rounding means that they are not one model."""
+    gap = (torch.cat([response.logprobs for response in exp.responses]) - exp.logprobs).abs().double()
+    total, count = ranks.sum(torch.stack([gap.sum(), gap.new_tensor(len(gap))])).tolist()
+    return {
+        "rollout/logprob_gap_mean": total / count,
+        "rollout/logprob_gap_max": max(ranks.gather(float(gap.max()))),
     }

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class PendingScores:
-    """Scores of a chunk's responses, asked for while other responses are still being sampled.
+    """Scores of a queue's responses, asked for while other responses are still being sampled.
 
-    A request goes out whenever `group` responses have ended. What a request holds thus follows from the chunk alone
-    and never from timing, so that a server that computes requests as they are sent gives the same rewards each time.
+    A request goes out whenever `group` responses have ended. What a request holds thus follows from the prompts, the
+    weights and the noise, and never from timing, so that a server that computes requests as they are sent gives the
+    same rewards each time.
     """
 
     scorer: Scorer
@@ -74,9 +75,17 @@ class Sampler:
         """The ids that a response is sampled behind."""
         return encode(self.tokenizer, prompt)[-self.prompt_length :]
 
-    def sample(self, prompts: Sequence[str], generator: torch.Generator) -> tuple[list[Response], PendingScores]:
-        """Sample one response a prompt; their scores are on their way when this returns."""
-        pending = PendingScores(self.scorer, group=max(1, len(prompts) // 4))
+    def sample(
+        self,
+        prompts: Sequence[str],
+        generator: torch.Generator,
+        side_by_side: int | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> tuple[list[Response], PendingScores]:
+        """Sample one response a prompt, `side_by_side` at a time (None: all); their scores are on their way when this
+        returns. Where `stop` said so, only some have been sampled."""
+        rows = min(side_by_side or len(prompts), len(prompts))
+        pending = PendingScores(self.scorer, group=max(1, rows // 4))
 
         def ask(finished: list[Response]) -> None:
             for response in finished:
@@ -91,6 +100,8 @@ class Sampler:
                 end_id(self.tokenizer),
                 generator,
                 on_finished=ask,
+                side_by_side=rows,
+                stop=stop,
             )
         pending.flush()
         return responses, pending

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from pipeline.errors import UserError
+from pipeline.training.kv_cache import SlotCache
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import Cache, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Part(nn.Module):
         inputs: Tensor,  # (B, T) ids, or (B, T, H)
         attention_mask: Tensor | None = None,  # (B, past + T), 1 where real
         position_ids: Tensor | None = None,  # (B, T)
-        cache: DynamicCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:  # (B, T, H)
         """Hidden states behind the part's last layer, and behind the final norm where the part is the top."""
         hidden: Tensor = self.body(
@@ -71,9 +71,10 @@ class Part(nn.Module):
         ).last_hidden_state
         return hidden
 
-    def new_cache(self) -> DynamicCache:
-        """An empty key-value cache for this part's layers."""
-        return DynamicCache(config=self.body.config)
+    def new_cache(self) -> SlotCache:
+        """An empty key-value cache for this part's layers; it is to be told its size."""
+        config: Any = self.body.config
+        return SlotCache(int(config.num_hidden_layers))
 
 
 class Top(nn.Module):
