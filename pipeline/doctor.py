@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.config.names import SUMMARY, chosen_preset
 from pipeline.errors import UserError, run_command
 
 if TYPE_CHECKING:  # importing these takes longer than printing --help may
@@ -38,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--cluster", metavar="NAME|FILE", help="cluster profile: a name in slurm/, or a YAML file (default: local)")
-    add("--preset", metavar="NAME", help="what is to be run (default: the run's, $CONFIG_NAME or gptj)")
+    add("--preset", metavar="NAME", help=f"what is to be run (default: the run's, $CONFIG_NAME or gptj): {SUMMARY}")
     add("--run-dir", type=Path, metavar="DIR", help="where the run is, or is to be (default: runs/<preset>)")
     add("--write-profile", type=Path, metavar="FILE", help="draft a profile from what is seen, and examine that one")
     add("--json", action="store_true", help="print the findings as JSON")
@@ -58,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--write-profile: examines the profile that it drafts; leave out --cluster")
     if target is not None:
         refuse_existing(target)
-    name = arguments.preset or os.environ.get("CONFIG_NAME") or "gptj"
-    run = RunDir(Path(os.path.abspath(arguments.run_dir or Path("runs") / name)))
+    run = RunDir(Path(os.path.abspath(arguments.run_dir or Path("runs") / chosen_preset(arguments.preset))))
     config = resolve_config(run, arguments.preset, (), arguments.cluster)  # before asking anyone: it may be wrong
     site = examine.look()
     if target is not None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.config.names import SUMMARY, chosen_preset
 from pipeline.errors import UserError, run_command
 from pipeline.stages.names import STAGES
 
@@ -29,7 +30,8 @@ examples:
   python -m pipeline.submit --stage all --preset demo
   python -m pipeline.submit --stage all --preset demo --set data.source=path/to/hh --run-dir runs/hh
   python -m pipeline.submit --stage evaluate --run-dir runs/demo
-  CONFIG_NAME=6B python -m pipeline.submit --stage all --cluster my-cluster.yaml --dry-run
+  CONFIG_NAME=6B python -m pipeline.submit --preset ilql --cluster my-cluster.yaml --dry-run
+  python -m pipeline.submit --preset demo --run-dir runs/kl --sweep ppo.init_kl_coef=0.02,0.05,0.1
 """
 
 
@@ -48,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--preset",
         metavar="NAME",
-        help="where the configuration starts (default: the run's, $CONFIG_NAME or gptj)",
+        help=f"where the configuration starts (default: the run's, $CONFIG_NAME or gptj): {SUMMARY}",
     )
     add("--run-dir", type=Path, metavar="DIR", help="where everything goes (default: runs/<preset>)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, as in ppo.lam=0.9")
@@ -71,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pipeline.scheduler.submit import divide, refuse_other_config, submit
     from pipeline.stages.names import select_stages
 
-    run_dir = arguments.run_dir or Path("runs") / _default_name(arguments.preset)
+    run_dir = arguments.run_dir or Path("runs") / chosen_preset(arguments.preset)
     run = RunDir(Path(os.path.abspath(run_dir)))
     script.check_path(run.root)
     shown = shlex.quote(str(run_dir))
@@ -127,7 +129,7 @@ def resolve_config(run: RunDir, preset: str | None, overrides: Sequence[str], cl
 
     if preset is None and run.config.exists():
         return load.resolve(load.load_yaml(run.config), overrides, cluster, str(run.config))
-    name = preset or os.environ.get("CONFIG_NAME") or "gptj"
+    name = chosen_preset(preset)
     return load.resolve({**load.load_preset(name), "preset": name}, overrides, cluster)
 
 
@@ -140,10 +142,6 @@ def plan(run: RunDir, config: Config, selected: Sequence[str], forced: Sequence[
 
     context = Context(run, config, HashCache(run.root / "cache" / "hashes.json"))
     return needs.apply(run, config.cluster, make_plan(context, selected, forced, os.environ))
-
-
-def _default_name(preset: str | None) -> str:
-    return preset or os.environ.get("CONFIG_NAME") or "gptj"
 
 
 def _say_nothing_to_do(run_dir: Path, planned: Sequence[Planned], seconds: float) -> None:

@@ -11,15 +11,14 @@ import pytest
 from pipeline.config import load
 from pipeline.config.reference import render_reference
 from pipeline.errors import UserError
-from pipeline.resources import resource_names
 
 
 def demo(*overrides: str, cluster: str | None = None):
     return load.resolve(load.load_preset("demo"), overrides, cluster)
 
 
-def test_every_preset_resolves_and_survives_being_written_and_read(tmp_path: Path) -> None:
-    for name in resource_names("presets", ".yaml"):
+def test_a_preset_survives_being_written_and_read(tmp_path: Path) -> None:
+    for name in ("demo", "20B", "ilql", "sft", "reward-model"):
         config = load.resolve({**load.load_preset(name), "preset": name})
         (tmp_path / "config.yaml").write_text(load.dump(config))
         assert load.read_config(tmp_path) == config
@@ -51,9 +50,9 @@ def test_numbers_are_read_as_people_write_them() -> None:
         ("train.seq_length=1000", "train.seq_length: 1000 is more than the model's 256 positions"),
         ("train.seq_length=48", "train.seq_length: 48 leaves no room for a prompt"),
         ("train.batch_size=7", "ppo.num_rollouts: 64 is not a multiple of train.batch_size = 7"),
-        ("model.num_layers_unfrozen=4", "model.num_layers_unfrozen: 4 leaves none of the model's 4 layers"),
-        ("model.num_layers_unfrozen=0", "model.num_layers_unfrozen: 0 is not supported"),
-        ("model.num_layers_unfrozen=-1", "model.num_layers_unfrozen: -1 is not supported"),
+        ("model.num_layers_unfrozen=5", "model.num_layers_unfrozen: 5 is more than the model's 4 layers"),
+        ("model.num_layers_unfrozen=0", "model.num_layers_unfrozen: 0 leaves nothing to train"),
+        ("model.num_layers_unfrozen=-2", "model.num_layers_unfrozen: input should be greater than or equal to -1"),
         ("model.embedded.num_heads=5", "model.embedded.hidden_size: 192 is not a multiple of"),
         ("serving.model_name=a/b", "serving.model_name: string should match pattern"),
         ("generate.stop_sequences=['']", "generate.stop_sequences: an empty stop sequence"),
@@ -129,7 +128,7 @@ def test_a_model_folders_own_sizes_are_checked(tmp_path: Path, sizes: dict[str, 
     assert demo(*fitting).model.num_layers_unfrozen == 2
 
     for override, message in [
-        ("model.num_layers_unfrozen=3", f"num_layers_unfrozen: 3 leaves none of the model's 3 layers ({path}"),
+        ("model.num_layers_unfrozen=4", f"num_layers_unfrozen: 4 is more than the model's 3 layers ({path}"),
         ("train.seq_length=129", f"train.seq_length: 129 is more than the model's 128 positions ({path}"),
         ("sft.max_length=129", "sft.max_length: 129 is more than"),
         ("serving.max_length=129", "serving.max_length: 129 is more than"),

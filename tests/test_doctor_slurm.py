@@ -268,7 +268,7 @@ def test_sbatchs_words_lead_to_the_key(said: str, key: str) -> None:
 
 def drafted(facts: SlurmFacts, **environ: str) -> tuple[Config, str]:
     text = draft(Seen(facts, EngineFacts(), ("lo", "eth0", "ib0"), environ))
-    return load.check({**load.load_preset("gptj"), "cluster": yaml.safe_load(text)}), text
+    return load.resolve({**load.load_preset("gptj"), "cluster": yaml.safe_load(text)}), text
 
 
 def test_a_draft_takes_the_nodes_with_the_most_gpus_and_fits_them() -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config.check_methods import check_ilql, check_ppo
+
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
 
@@ -33,22 +35,19 @@ def check_sizes(config: Config) -> None:
         )
     if config.serving.attention == "flash_attention_2" and config.serving.dtype == "float32":
         raise ValueError("serving.attention: flash_attention_2 computes in 16 bits only; use auto, or another dtype")
-    generate, train, ppo = config.generate, config.train, config.ppo
+    generate, train = config.generate, config.train
     if train.seq_length <= generate.max_new_tokens:
         raise ValueError(
             f"train.seq_length: {train.seq_length} leaves no room for a prompt beside generate.max_new_tokens = "
             f"{generate.max_new_tokens}; raise the first or lower the second"
         )
-    if ppo.num_rollouts % train.batch_size:
-        raise ValueError(
-            f"ppo.num_rollouts: {ppo.num_rollouts} is not a multiple of train.batch_size = {train.batch_size}; "
-            "every optimiser step takes a full batch"
-        )
-    if ppo.scale_reward == "ref" and ppo.ref_std is None:
-        raise ValueError('ppo.ref_std: is needed by ppo.scale_reward = "ref"; give the standard deviation')
     for sequence in generate.stop_sequences:
         if not sequence:
             raise ValueError("generate.stop_sequences: an empty stop sequence would end every response; remove it")
+    if train.method == "ppo":
+        check_ppo(config.ppo, train.batch_size)
+    else:
+        check_ilql(config.ilql)
 
 
 def _check_placement(config: Config) -> None:
@@ -101,16 +100,16 @@ def _check_model(config: Config) -> None:
 
 
 def _check_layers(unfrozen: int, size: ModelSize) -> None:
-    """PPO trains the top of a split model: at least one layer, and at least one stays frozen below."""
-    if unfrozen < 1:
+    """A number of top layers, at most as many as the model has, or -1 for the whole model."""
+    if unfrozen == 0:
         raise ValueError(
-            f"model.num_layers_unfrozen: {unfrozen} is not supported: PPO trains a number of top layers and keeps "
-            "those below frozen; give 1 or more"
+            "model.num_layers_unfrozen: 0 leaves nothing to train; give the number of top layers, or -1 for all of "
+            "the model"
         )
-    if size.layers is not None and unfrozen >= size.layers:
+    if size.layers is not None and unfrozen > size.layers:
         raise ValueError(
-            f"model.num_layers_unfrozen: {unfrozen} leaves none of the model's {size.layers} layers "
-            f"({size.layers_from}) frozen, which PPO does not support; give at most {size.layers - 1}"
+            f"model.num_layers_unfrozen: {unfrozen} is more than the model's {size.layers} layers "
+            f"({size.layers_from}); give at most {size.layers}, or -1 for all of the model"
         )
 
 

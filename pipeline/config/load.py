@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pipeline.config.names import SUMMARY, file_and_size, preset_names
 from pipeline.config.schema import Config
 from pipeline.errors import UserError, nearest
 from pipeline.resources import resource_dir, resource_names
@@ -32,13 +33,23 @@ def load_yaml(path: Path) -> Tree:
 
 
 def load_preset(name: str) -> Tree:
-    """Return a preset's tree; a preset may name another as its `base`."""
-    names = resource_names("presets", ".yaml")
-    if name not in names:
-        raise UserError(f"--preset {name}: unknown preset{nearest(name, names)}; there are: {', '.join(names)}")
+    """Return a preset's tree. A method without a size is GPT-J's.
+
+    Its block ORIGINAL is still in it: what `fidelity: trlx` lays on the rest.
+    """
+    if name not in preset_names():
+        raise UserError(f"--preset {name}: unknown preset{nearest(name, preset_names())}; there are: {SUMMARY}")
+    file, size = file_and_size(name)
+    tree = _load_file(file)
+    sizes = tree.pop("sizes", {})
+    return merge(tree, sizes[size]) if size else tree
+
+
+def _load_file(name: str) -> Tree:
+    """A preset's file, laid on the one that it names as its `base`. What differs by size is in `sizes`."""
     tree = load_yaml(resource_dir("presets") / f"{name}.yaml")
     base = tree.pop("base", None)
-    return merge(load_preset(base), tree) if base else tree
+    return merge(_load_file(base), tree) if base else tree
 
 
 def load_cluster(name_or_file: str) -> Tree:
@@ -82,14 +93,44 @@ def parse_override(text: str) -> Tree:
 def resolve(tree: Tree, overrides: Sequence[str] = (), cluster: str | None = None, where: str = "") -> Config:
     """Lay overrides and a cluster profile over `tree` and check the whole. `where` names the tree's source.
 
-    Files and folders that exist are written with their absolute paths: jobs and later commands that read the
-    configuration may run in another directory.
+    `fidelity: trlx` first lays a preset's block of that name on the rest. Files and folders that exist are written
+    with their absolute paths: jobs and later commands that read the configuration may run in another directory.
     """
+    asked: Tree = {}
     for text in overrides:
-        tree = merge(tree, parse_override(text))
+        asked = merge(asked, parse_override(text))
+    tree = merge(_with_fidelity(tree, asked.get("fidelity", tree.get("fidelity")), where), asked)
     if cluster is not None:
         tree = {**tree, "cluster": load_cluster(cluster)}
     return check(_with_absolute_paths(tree), where)
+
+
+ORIGINAL = "trlx"
+"""The fidelity, and the block of a preset, that hold what the original does where the preset corrects it."""
+
+
+def _with_fidelity(tree: Tree, fidelity: object, where: str) -> Tree:
+    """A preset's tree with the original's settings laid on it, or without them.
+
+    A run's own configuration holds its fidelity, and nothing of what another would be: that needs the preset anew.
+    """
+    tree = dict(tree)
+    original = tree.pop(ORIGINAL, None)
+    if "fidelity" in tree:
+        if fidelity != tree["fidelity"]:
+            name = tree.get("preset", "NAME")
+            raise UserError(
+                f"fidelity: {where or 'this configuration'} was made with {tree['fidelity']}; to change it, begin from "
+                f"the preset: --preset {name} --set fidelity={fidelity}"
+            )
+    elif fidelity == ORIGINAL:
+        if original is None:
+            raise UserError(
+                f"fidelity: {ORIGINAL}: preset {tree.get('preset', 'custom')} corrects nothing of the original's; "
+                "leave it out"
+            )
+        tree = merge(tree, original)
+    return tree
 
 
 def check(tree: Tree, where: str = "") -> Config:

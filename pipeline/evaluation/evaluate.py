@@ -1,6 +1,6 @@
 """Evaluation: `python -m pipeline.evaluation.evaluate --run RUN --out DIR`.
 
-Compares the trained policy with what it started from, on held-out prompts, with the same sampler, and the same noise
+Compares the trained model with what it started from, on held-out prompts, with the same sampler, and the same noise
 for the same prompt. Makes the artifact "report": report.json and the page index.html.
 """
 
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     preferences = read_split(run, "test")[: config.evaluate.num_prompts]
     if len(preferences) < 2:
         raise UserError(f"{run.root}: the test split has {len(preferences)} rows; an evaluation needs at least 2")
-    start, trained = sources.policy_start_path(run, config), run.artifact("train", "policy")
+    start, trained = sources.compared_paths(run, config)
     scorer = connect_scorer(run, config)
     progress = Progress(out, 2 * len(preferences))
     try:
@@ -80,8 +80,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def training_rows(run: RunDir) -> list[Row]:
-    """The metrics of the training that made the policy; a later one, unfinished, may own the link at the top."""
-    return read_rows(run.root / run.values("train").get("metrics", run.metrics.name))
+    """The metrics of the training that made the policy, or the SFT model; a later one, unfinished, may own the link at the top."""
+    values = run.values("train") or run.values("sft")
+    return read_rows(run.root / values.get("metrics", run.metrics.name))
 
 
 def compare(
@@ -211,6 +212,7 @@ def build_report(
         "kl": kl,
         "samples": samples,
         "reward_model": run.values("reward-model"),
+        "names": names(config),
         "config": {
             "preset": config.preset,
             "seed": config.seed,
@@ -222,6 +224,14 @@ def build_report(
             "top_p": generate.top_p,
         },
     }
+
+
+def names(config: Config) -> dict[str, str]:
+    """What the two sides are, for people."""
+    if "train" not in config.all:
+        return {"sft": "Base model", "policy": "SFT model"}
+    start = "SFT start" if "sft" in config.all else "Start"
+    return {"sft": start, "policy": f"{config.train.method.upper()} policy"}
 
 
 def headline(report: dict[str, Any]) -> dict[str, Any]:

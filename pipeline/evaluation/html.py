@@ -39,7 +39,7 @@ def render_report(report: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]
         headline=_headline(report),
         reward_model=_reward_model(_mapping(report, "reward_model")),
         charts=_charts(metrics),
-        samples=_samples(report.get("samples") or []),
+        samples=_samples(report.get("samples") or [], _names(report)),
         style=_STYLE,
     )
 
@@ -70,19 +70,32 @@ def _verdict(report: Mapping[str, Any]) -> str:
     if not all(_finite(paired.get(key)) for key in ("mean", "low", "high")):
         return "No paired comparison was made."
     mean, low, high = (float(paired[key]) for key in ("mean", "low", "high"))
+    start, policy = (_in_text(name) for name in _names(report))
     if low > 0:
-        claim = "The trained policy earns more reward than the SFT start"
+        claim = f"The {policy} earns more reward than the {start}"
     elif high < 0:
-        claim = "The trained policy earns less reward than the SFT start"
+        claim = f"The {policy} earns less reward than the {start}"
     else:
-        claim = "No clear difference in reward between the trained policy and the SFT start"
+        claim = f"No clear difference in reward between the {policy} and the {start}"
     prompts = f" over {paired['n']} held-out prompts" if _finite(paired.get("n")) else ""
     interval = f"{number(low, sign=True)} to {number(high, sign=True)}"
     figures = f"{number(mean, sign=True)} per answer, 95 % interval {interval}"
     return escape(f"{claim}: {figures}{prompts}; it wins {percent(report.get('win_rate'))} of the comparisons.")
 
 
+def _names(report: Mapping[str, Any]) -> tuple[str, str]:
+    """What the start and the trained model are called."""
+    names = _mapping(report, "names")
+    return str(names.get("sft", "SFT start")), str(names.get("policy", "trained policy"))
+
+
+def _in_text(name: str) -> str:
+    """A name inside a sentence: "Base model" loses its capital, "SFT start" keeps it."""
+    return name if name[:2].isupper() else name[:1].lower() + name[1:]
+
+
 def _headline(report: Mapping[str, Any]) -> str:
+    names = _names(report)
     sft, policy = _mapping(report, "sft"), _mapping(report, "policy")
     paired = _mapping(report, "paired")
     interval = f"{number(paired.get('low'), sign=True)} … {number(paired.get('high'), sign=True)}"
@@ -92,7 +105,7 @@ def _headline(report: Mapping[str, Any]) -> str:
         ("Paired difference in reward", DASH, number(paired.get("mean"), sign=True)),
         ("95 % interval of the difference", DASH, interval),
         ("Win rate (ties count half)", DASH, percent(report.get("win_rate"))),
-        ("KL from the SFT start (nats per response)", "0", number(report.get("kl"), 2)),
+        (f"KL from the {_in_text(names[0])} (nats per response)", "0", number(report.get("kl"), 2)),
         ("Mean length (tokens)", *(number(x.get("length_mean"), 1) for x in (sft, policy))),
         ("Answers that end by themselves", *(percent(x.get("ended")) for x in (sft, policy))),
     ]
@@ -101,8 +114,9 @@ def _headline(report: Mapping[str, Any]) -> str:
         for label, first, second in rows
     )
     return (
-        '<table class="figures"><thead><tr><th scope="col">On held-out prompts</th><th scope="col">SFT start</th>'
-        f'<th scope="col">Trained policy</th></tr></thead><tbody>{body}</tbody></table>'
+        '<table class="figures"><thead><tr><th scope="col">On held-out prompts</th>'
+        f'<th scope="col">{escape(names[0])}</th><th scope="col">{escape(names[1])}</th></tr></thead>'
+        f"<tbody>{body}</tbody></table>"
     )
 
 
@@ -133,17 +147,19 @@ def _charts(metrics: Sequence[Mapping[str, Any]]) -> str:
     return f'<div class="charts">{"".join(figures)}</div>'
 
 
-def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
+def _samples(samples: Sequence[Mapping[str, Any]], names: tuple[str, str]) -> str:
     if not samples:
         return '<p class="note">No samples were kept.</p>'
-    return "".join(_sample(sample) for sample in samples)
+    return "".join(_sample(sample, names) for sample in samples)
 
 
-def _sample(sample: Mapping[str, Any]) -> str:
+def _sample(sample: Mapping[str, Any], names: tuple[str, str]) -> str:
+    titles = {"sft": names[0], "policy": names[1], "chosen": "Data set"}
+    rewards = {key: number(sample.get(f"{key}_reward"), 2, True) for key in titles}
     cards = "".join(
-        f'<div class="answer {key}"><h4>{title} <span class="reward">{number(sample.get(f"{key}_reward"), 2, True)}'
+        f'<div class="answer {key}"><h4>{escape(title)} <span class="reward">{rewards[key]}'
         f"</span></h4><p>{_answer(sample.get(key))}</p></div>"
-        for key, title in (("sft", "SFT start"), ("policy", "Trained policy"), ("chosen", "Data set"))
+        for key, title in titles.items()
     )
     return (
         f'<article><div class="prompt">{_dialogue(str(sample.get("prompt", "")))}</div>'

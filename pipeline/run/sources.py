@@ -96,7 +96,7 @@ def read_by(stage: str, config: Config) -> tuple[str, ...]:
         "reward-model": ("model", "tokenizer") if config.reward_model.base == "model" else (),
         "convert": ("reward_model", "checkpoint_base"),
         "train": (*base, "tokenizer", "reward_model"),
-        "evaluate": (*base, "reward_model"),
+        "evaluate": (*(base if "train" in config.all else ("model",)), "reward_model"),
     }
     return tuple(key for key in reads.get(stage, ()) if key in models_of(config))
 
@@ -117,6 +117,13 @@ def base_model_path(run: RunDir, config: Config) -> Path:
 def policy_start_path(run: RunDir, config: Config) -> Path:
     """What PPO starts from: the SFT model where the run has that stage, else the base model."""
     return run.artifact("sft", "model") if "sft" in config.all else base_model_path(run, config)
+
+
+def compared_paths(run: RunDir, config: Config) -> tuple[Path, Path]:
+    """(start, trained) of the evaluation: of a run without the stage `train`, the base model and its SFT."""
+    if "train" in config.all:
+        return policy_start_path(run, config), run.artifact("train", "policy")
+    return base_model_path(run, config), run.artifact("sft", "model")
 
 
 def reward_model_path(run: RunDir, config: Config) -> Path:

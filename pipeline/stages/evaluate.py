@@ -1,4 +1,4 @@
-"""evaluate: the SFT start against the trained policy, on held-out prompts."""
+"""evaluate: the start against what was trained, on held-out prompts: PPO's or ILQL's policy, or the SFT model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 from pipeline.config.schema import Config
 from pipeline.run import reward_models
-from pipeline.stages.base import Context, Stage, Work, module_command, number
+from pipeline.run.sources import EMBEDDED
+from pipeline.stages.base import Context, Stage, Work, model_identity, module_command, number
 from pipeline.stages.train import policy_start, reward_source
 
 
@@ -16,8 +17,10 @@ class Evaluate(Stage):
     def settings(self, context: Context) -> dict[str, Any]:
         config, announced = context.config, reward_models.announced(context.run)
         other_model = {"announced_reward_model": announced.identity} if announced is not None else {}
+        start = {} if "train" in config.all or config.model.path == EMBEDDED else model_identity(context, "model")
         return {
             **other_model,
+            **({"start": start} if start else {}),
             "seed": config.seed,
             "evaluate": config.evaluate.model_dump(mode="json"),
             "generate": config.generate.model_dump(mode="json"),
@@ -25,7 +28,8 @@ class Evaluate(Stage):
         }
 
     def needs(self, config: Config) -> tuple[str, ...]:
-        return (*policy_start(config), *reward_source(config), "train")
+        trained = ("train",) if "train" in config.all else ("sft",)
+        return tuple(dict.fromkeys((*policy_start(config), *reward_source(config), *trained)))
 
     def command(self, work: Work) -> list[str]:
         return module_command("pipeline.evaluation.evaluate", work)

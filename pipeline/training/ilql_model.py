@@ -12,7 +12,6 @@ from pipeline.training.split import Split
 from pipeline.training.vocabulary import token_logprobs
 
 LOSSES = ("loss", "loss_q", "loss_v", "loss_cql", "loss_awac")
-SPREADS = ("mean", "std", "min", "max")
 
 
 class ILQLModule(nn.Module):
@@ -76,32 +75,41 @@ class ILQLModule(nn.Module):
 
 @torch.no_grad()
 def statistics(loss: Tensor, terms: Terms, values: Tensor, q: Tensor) -> Tensor:
-    """What a batch adds to the metrics (K,), float64: sums of losses, then sum, sum of squares, minimum and maximum of
-    V, of each head's Q and of the weights."""
-    sums = torch.stack([loss, terms.q, terms.v, terms.cql, terms.awac]).double()
-    parts = []
-    for series in (values, *q, terms.awac_weight):
-        wide = series.double()
-        parts += [torch.stack([wide.sum(), wide.square().sum(), wide.amin(), wide.amax()])]
-    return torch.cat([sums, *parts])
+    """What a batch adds to the metrics (K,), float64: the sums of `statistic_names`, then the sum of squares, the
+    minimum and the maximum of each of its series."""
+    losses = torch.stack([loss, terms.q, terms.v, terms.cql, terms.awac]).double()
+    series = torch.stack([values, *q, terms.awac_weight]).double()  # (S, N)
+    spread = torch.stack([series.square().sum(dim=-1), series.amin(dim=-1), series.amax(dim=-1)])
+    return torch.cat([losses, series.sum(dim=-1), *spread])
+
+
+def statistic_names(heads: int) -> tuple[str, ...]:
+    """Names, trlX's, of the sums that `statistics` begins with: divided by the number of actions, they are means."""
+    return (*(f"losses/{name}" for name in LOSSES), *(f"{series}/mean" for series in series_names(heads)))
+
+
+def series_names(heads: int) -> tuple[str, ...]:
+    """V, each head's Q, and the weights of the language model's loss."""
+    return ("values", *(f"qvalues/{head}" for head in range(heads)), "awac_weight")
 
 
 def merge_statistics(parts: Tensor) -> Tensor:
     """Statistics (K,) of batches or ranks together, from theirs (n, K)."""
     merged = parts.sum(dim=0)
-    first = len(LOSSES)
-    merged[first + 2 :: 4] = parts[:, first + 2 :: 4].amin(dim=0)
-    merged[first + 3 :: 4] = parts[:, first + 3 :: 4].amax(dim=0)
+    series = (len(merged) - len(LOSSES)) // 4
+    merged[-2 * series : -series] = parts[:, -2 * series : -series].amin(dim=0)
+    merged[-series:] = parts[:, -series:].amax(dim=0)
     return merged
 
 
 def metrics_of(merged: Tensor, count: int) -> dict[str, float]:
-    """trlX's names and, for `count` actions, their values: losses/*, values/*, qvalues/i/*, awac_weight/*."""
-    row = {f"losses/{name}": float(merged[at]) / count for at, name in enumerate(LOSSES)}
-    spreads = merged[len(LOSSES) :].reshape(-1, 4).tolist()
-    heads = [f"qvalues/{head}" for head in range(len(spreads) - 2)]
-    for name, (total, squares, low, high) in zip(("values", *heads, "awac_weight"), spreads, strict=True):
-        mean = total / count
-        deviation = max(0.0, squares / count - mean * mean) ** 0.5
-        row |= {f"{name}/{key}": value for key, value in zip(SPREADS, (mean, deviation, low, high), strict=True)}
+    """Under trlX's names, for `count` actions: losses/*, and mean, std, min and max of each series."""
+    numbers: list[float] = merged.tolist()
+    series = (len(numbers) - len(LOSSES)) // 4
+    names = statistic_names(series - 2)
+    row = {name: total / count for name, total in zip(names, numbers, strict=False)}
+    squares, lows, highs = (numbers[len(names) + at * series :][:series] for at in range(3))
+    for name, square, low, high in zip(series_names(series - 2), squares, lows, highs, strict=True):
+        variance = square / count - row[f"{name}/mean"] ** 2
+        row |= {f"{name}/std": max(0.0, variance) ** 0.5, f"{name}/min": low, f"{name}/max": high}
     return row

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.config.training import Generate
 from pipeline.data.tokens import encode, end_id
-from pipeline.training.decode import Response, decode
+from pipeline.training.decode import Adjust, Response, decode
 from pipeline.training.scoring_text import ScoringText
 from pipeline.training.split import Split
 
@@ -70,6 +70,8 @@ class Sampler:
     prompt_length: int
     """A longer prompt loses its beginning."""
     autocast: Callable[[], AbstractContextManager[None]]
+    adjust: Adjust | None = None
+    """Changes the scores that are sampled from; ILQL's steering."""
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """The ids that a response is sampled behind."""
@@ -101,6 +103,7 @@ class Sampler:
                 generator,
                 on_finished=ask,
                 side_by_side=rows,
+                adjust=self.adjust,
                 stop=stop,
             )
         pending.flush()
