@@ -177,4 +177,6 @@ def test_target_heads_stay_wide_where_the_trained_ones_are_bf16() -> None:
         next(heads.q_heads.parameters()).add_(1.0)
     targets.sync(heads, 1e-4)
     assert before.dtype == torch.float32
-    torch.testing.assert_close(next(targets.q_heads.parameters()) - before, torch.full_like(before, 1e-4), atol=2e-6, rtol=0)
+    torch.testing.assert_close(
+        next(targets.q_heads.parameters()) - before, torch.full_like(before, 1e-4), atol=2e-6, rtol=0
+    )

@@ -27,7 +27,6 @@ from accelerate import Accelerator
 from pipeline.config.schema import Config
 from pipeline.data.preferences import Preference, read_split
 from pipeline.data.tokens import load_tokenizer, pad_id, same_vocabulary
-from pipeline.errors import UserError
 from pipeline.run import atomic, sources
 from pipeline.run.directory import RunDir
 from pipeline.run.work import Progress, parse_work, write_result
@@ -35,24 +34,22 @@ from pipeline.serving.model_store import reward_folder
 from pipeline.training.baselines import baseline_scores
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.fit import Course, Fit, Hooks, Keeping, fit
+from pipeline.training.ilql_assemble import load_split, make_module, prepare, refuse_sharded_weights
 from pipeline.training.ilql_data import Trajectory, collate, make_trajectories
 from pipeline.training.ilql_evaluation import Evaluation
-from pipeline.training.ilql_heads import Heads
-from pipeline.training.ilql_model import ILQLModule, statistic_names
+from pipeline.training.ilql_model import statistic_names
 from pipeline.training.ilql_output import decoding_beta, save_heads
-from pipeline.training.models import check_positions, disable_dropout, load_causal_lm
+from pipeline.training.models import check_positions
 from pipeline.training.ppo import checkpoints_name, quiet_libraries
-from pipeline.training.prompts import derive_seed
 from pipeline.training.ranks import Ranks, make_accelerator
 from pipeline.training.report_once import run_rank
 from pipeline.training.reward_source import LEDGER, RewardSource
 from pipeline.training.rollout import Sampler
 from pipeline.training.schedule import learning_rate
 from pipeline.training.scoring_text import ScoringText
-from pipeline.training.split import Split, split_model
 from pipeline.training.stop import EX_TEMPFAIL, STOPPED, StopRequest
 from pipeline.training.stopping import StopSequences
-from pipeline.training.task import Task, uses_deepspeed
+from pipeline.training.task import Task
 from pipeline.training.tracking import end_tracking, run_id, start_tracker, tracker_of
 
 logger = logging.getLogger(__name__)
@@ -229,55 +226,6 @@ class Training:
 def best_folder(checkpoints: Path, step: int) -> Path:
     """Where the policy of the best held-out reward, after `step` steps, is kept."""
     return checkpoints / f"best-{step:08d}"
-
-
-def refuse_sharded_weights(accelerator: Accelerator) -> None:
-    """Under ZeRO-3 no rank holds the heads that decoding and synchronisation need whole."""
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    if plugin is not None and plugin.zero_stage == 3:
-        raise UserError("train.accelerate_config: ILQL does not train under ZeRO-3; take zero2-bf16 or ddp")
-
-
-def load_split(path: Path, config: Config, accelerator: Accelerator) -> Split:
-    """The language model at `path` on this process's device, without dropout, split below what is trained.
-
-    What is trained is float32; in mixed precision what is frozen is bf16.
-    """
-    model = load_causal_lm(path, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32)
-    disable_dropout(model)
-    split = split_model(model.to(accelerator.device), config.model.num_layers_unfrozen)
-    for parameter in split.top.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return split
-
-
-def make_module(split: Split, config: Config) -> ILQLModule:
-    """The module to train, its heads fresh from the run's seed."""
-    seed = derive_seed(config.seed, "ilql heads")
-    heads = Heads(split.hidden_size, split.vocab_size, config.ilql.two_qs, seed)
-    return ILQLModule(split, heads, config.ilql).to(split.device)
-
-
-def prepare(module: ILQLModule, config: Config, accelerator: Accelerator) -> tuple[Any, Any]:
-    """Module and optimiser as accelerate wraps them; the targets stay float32."""
-    settings = config.optimizer
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in module.parameters() if parameter.requires_grad],
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-    )
-    if uses_deepspeed(accelerator):
-        plugin = accelerator.state.deepspeed_plugin.deepspeed_config
-        # Its own counting is not used: task.py says which backward pass is a step's last.
-        plugin["train_micro_batch_size_per_gpu"] = 1
-        plugin["gradient_accumulation_steps"] = 1
-        plugin["gradient_clipping"] = settings.max_grad_norm
-    wrapped, prepared = accelerator.prepare(module, optimizer)
-    module.targets.widen()
-    return wrapped, prepared
 
 
 def micro_batch_tokens(config: Config) -> int:

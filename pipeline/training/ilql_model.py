@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pipeline.config.methods import ILQL
 from pipeline.training.ilql_heads import Heads, TargetHeads
 from pipeline.training.ilql_losses import Terms, ilql_terms, total_loss
-from pipeline.training.split import Split
+from pipeline.training.split import Split, Top, alias_tree
 from pipeline.training.vocabulary import token_logprobs
 
 LOSSES = ("loss", "loss_q", "loss_v", "loss_cql", "loss_awac")
@@ -22,7 +22,7 @@ class ILQLModule(nn.Module):
 
     def __init__(self, split: Split, heads: Heads, settings: ILQL) -> None:
         super().__init__()
-        self.top = split.top
+        self.top: Top = alias_tree(split.top)  # a wrapper's hooks are not in the modules that decode
         self.heads = heads
         self.targets = TargetHeads(heads)
         self._trunk = (split.trunk,)  # in a tuple, where modules are not looked for
