@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,10 +39,12 @@ from pipeline.procs import capture
 from pipeline.resources import resource_dir
 from pipeline.run.directory import Artifact, Outputs, RunDir
 from pipeline.training import reward_model, sft
+from pipeline.training.batches import plan_epoch, split_by_tokens
 from pipeline.training.models import check_positions, disable_dropout, load_causal_lm, load_reward_model
 from pipeline.training.reward_model import Pair
 from pipeline.training.sft import Dialogue
-from pipeline.training.supervised import Task, _backward, learning_rate, plan_epoch, split_by_tokens
+from pipeline.training.supervised import learning_rate
+from pipeline.training.task import Task, backward
 
 TINY: dict[str, Any] = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "num_labels": 1}
 GPT: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -74,8 +78,11 @@ def classifier(config: PretrainedConfig) -> Any:
 
 @pytest.fixture(autouse=True)
 def own_process_state() -> Iterator[None]:
-    """The stages set up their process: repeatable kernels, and accelerate's singletons. Other tests start afresh."""
+    """The stages set up their process: repeatable kernels, accelerate's singletons, signals. Others start afresh."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
     yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = True
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -88,7 +95,7 @@ def own_process_state() -> Iterator[None]:
 def test_sft_sums_the_responses_log_probabilities_and_no_others(config: PretrainedConfig) -> None:
     model = causal_lm(config)
 
-    loss = sft.ResponseLoss(model)(*sft.collate(DIALOGUES, pad=1))
+    loss, _ = sft.ResponseLoss(model)(*sft.collate(DIALOGUES, pad=1))
 
     expected = 0.0
     for dialogue in DIALOGUES:  # one by one, through the whole model
@@ -114,13 +121,13 @@ def test_pair_loss_is_the_logistic_loss_of_the_margin() -> None:
     tensors = reward_model.collate(PAIRS, pad=1)
     margins = [(chosen - rejected).item() for chosen, rejected in reward_model.scores(model, *tensors)]
     expected = sum(math.log(1 + math.exp(-margin)) for margin in margins)
-    assert math.isclose(reward_model.PairLoss(model)(*tensors).item(), expected, rel_tol=1e-5)
+    assert math.isclose(reward_model.PairLoss(model)(*tensors)[0].item(), expected, rel_tol=1e-5)
 
 
 def test_pair_sums_count_a_tie_as_half_right() -> None:
     sums = reward_model.pair_sums(torch.tensor([1.0, 2.0, 0.0]), torch.tensor([0.0, 2.0, 3.0]))
     loss = math.log(1 + math.exp(-1)) + math.log(2) + math.log(1 + math.exp(3))
-    assert torch.allclose(sums, torch.tensor([1.5, -2.0, loss, 3.0, 5.0], dtype=torch.float64))
+    assert torch.allclose(sums, torch.tensor([loss, 1.5, -2.0, 3.0, 5.0], dtype=torch.float64))
 
 
 def test_dropout_is_off_everywhere() -> None:
@@ -165,6 +172,7 @@ class Rank:
     """As much of an Accelerator as one rank's backward pass needs."""
 
     device = torch.device("cpu")
+    distributed_type = "MULTI_CPU"
 
     def __init__(self, index: int, world: int) -> None:
         self.process_index, self.num_processes = index, world
@@ -179,7 +187,7 @@ class Rank:
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("kind", ["sft", "reward model"])
-def test_ranks_and_pieces_do_not_change_the_gradient(kind: str, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_and_pieces_do_not_change_the_gradient(kind: str, world: int) -> None:
     module: Any
     task: Task[Any]
     if kind == "sft":
@@ -189,13 +197,12 @@ def test_ranks_and_pieces_do_not_change_the_gradient(kind: str, world: int, monk
         module, batch = reward_model.PairLoss(classifier(ARCHITECTURES[0])), PAIRS
         task = Task(lambda examples: reward_model.collate(examples, 1), lambda _: 1)
     count = sum(task.weight(example) for example in batch)
-    (module(*task.collate(batch)) / count).backward()
+    (module(*task.collate(batch))[0] / count).backward()
     expected = [parameter.grad.clone() for parameter in module.parameters()]
 
-    monkeypatch.setattr("pipeline.training.supervised.MICRO_BATCH_TOKENS", 8)
     module.zero_grad()
     for index in range(world):  # with four ranks, one has no row
-        _backward(Rank(index, world), module, task, batch)  # type: ignore[arg-type]
+        backward(Rank(index, world), module, task, batch, 8)  # type: ignore[arg-type]
 
     for parameter, gradient in zip(module.parameters(), expected, strict=True):
         assert torch.allclose(parameter.grad / world, gradient, atol=1e-7, rtol=1e-4)  # DDP averages over ranks
@@ -264,7 +271,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
         },
         "data": {"source": "demo", "demo": {"train": 120, "test": 31}},
         "sandbox": {"engine": "none"},
-        "train": {"seq_length": 100},
+        "train": {"seq_length": 100, "tracker": "none"},
         "generate": {"max_new_tokens": 48},
         "sft": {"max_length": 100, "batch_size": 16, "lr": 3e-2, "epochs": 2},
         "reward_model": {"max_length": 100, "batch_size": 7, "lr": 5e-3, "base": "model"},
@@ -287,6 +294,7 @@ def read_result(out: Path) -> dict[str, Any]:
 def test_sft_learns_and_a_rerun_gives_the_same_bits(run: RunDir, tmp_path: Path) -> None:
     for name in ("one", "two"):
         sft.main(["--run", str(run.root), "--out", str(tmp_path / name)])
+        shutil.rmtree(run.checkpoints)
 
     values = read_result(tmp_path / "one")
     assert values["steps"] == 16 and values["loss"] < 0.8 * math.log(400)
@@ -312,6 +320,7 @@ def test_sft_learns_and_a_rerun_gives_the_same_bits(run: RunDir, tmp_path: Path)
 
 def test_one_process_and_two_give_the_same_reward_model(run: RunDir, tmp_path: Path) -> None:
     reward_model.main(["--run", str(run.root), "--out", str(tmp_path / "one")])
+    shutil.rmtree(run.checkpoints)
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(resource_dir("accelerate") / "ddp-cpu.yaml")]
     work = ["-m", "pipeline.training.reward_model", "--run", str(run.root), "--out", str(tmp_path / "two")]
     status, output = capture([sys.executable, *launch, "--num_processes", "2", *work], timeout_s=300)

@@ -28,6 +28,7 @@ def check_sizes(config: Config) -> None:
     """Refuse sizes that cannot work together, before any job is submitted."""
     _check_model(config)
     _check_placement(config)
+    _check_precision(config)
     if config.serving.flavour == "torchscript" and config.sandbox.engine in ("venv", "none"):
         raise ValueError(
             f"serving.flavour: torchscript is served by a container image, not by sandbox.engine = "
@@ -48,6 +49,18 @@ def check_sizes(config: Config) -> None:
         check_ppo(config.ppo, train.batch_size)
     else:
         check_ilql(config.ilql)
+
+
+def _check_precision(config: Config) -> None:
+    """DeepSpeed's configs are named by the precision that they are for."""
+    for section, settings in (("sft", config.sft), ("reward_model", config.reward_model)):
+        name, precision = settings.accelerate_config, settings.mixed_precision
+        said = name.rpartition("-")[2]
+        if said in ("bf16", "fp16") and said != precision:
+            raise ValueError(
+                f"{section}.accelerate_config: {name} computes in {said}, not in {section}.mixed_precision = "
+                f'"{precision}"; change one of them'
+            )
 
 
 def _check_placement(config: Config) -> None:

@@ -160,6 +160,8 @@ _PATHS: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
     ("data", "source", lambda path: path not in ("demo", "hh") and os.path.isdir(path)),
     ("reward_model", "checkpoint", os.path.isdir),
     ("reward_model", "checkpoint_base", os.path.isdir),
+    ("sft", "accelerate_config", lambda path: path.endswith((".yaml", ".yml")) and os.path.isfile(path)),
+    ("reward_model", "accelerate_config", lambda path: path.endswith((".yaml", ".yml")) and os.path.isfile(path)),
     ("train", "accelerate_config", lambda path: path.endswith((".yaml", ".yml")) and os.path.isfile(path)),
     ("sandbox", "image", os.path.exists),
     ("cluster", "trainer_image", os.path.exists),

@@ -83,6 +83,10 @@ class RunDir:
         """Its presence asks the trainer to save and stop at the next step."""
         return self.root / "control" / "STOP"
 
+    def save_flag(self, stage: str) -> Path:
+        """The same for one stage: its job's own request. PPO's and ILQL's, which share a job with a server, is STOP."""
+        return self.stop_flag if stage == "train" else self.stop_flag.with_name(f"STOP.{stage}")
+
     @property
     def tracker(self) -> Path:
         """What Weights & Biases or TensorBoard wrote."""

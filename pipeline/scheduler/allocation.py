@@ -25,6 +25,7 @@ from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.options import shell_command
 from pipeline.scheduler.state import recorded_state, resolve, set_state
 from pipeline.scheduler.submission import Job, Submission
+from pipeline.stages.names import TRAININGS
 from pipeline.stages.nodes import MEETING
 
 ENDED = 75
@@ -191,8 +192,9 @@ def _record(run: RunDir, submission: Submission, stages: list[str], outcome: _Ou
 
 def _let_end(run: RunDir, submission: Submission, seconds: float, ending: Ending) -> None:
     """Ask a training to save, and give it and all other work the time to end."""
-    train = submission.job_of("train")
-    if train is not None and submissions.job_alive(submission, train) and not run.stop_flag.exists():
+    trainings = [job for stage in TRAININGS if (job := submission.job_of(stage)) is not None]
+    alive = any(submissions.job_alive(submission, job) for job in trainings)
+    if alive and not run.stop_flag.exists():
         atomic.write_text(run.stop_flag, "the allocation ends")
     deadline = time.monotonic() + seconds
     while submissions.live_jobs(submission) and not ending.terminated and time.monotonic() < deadline:

@@ -20,7 +20,7 @@ from pipeline.scheduler import needs, slurm
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.state import set_state
 from pipeline.scheduler.submission import Job, Submission
-from pipeline.stages.names import STAGES
+from pipeline.stages.names import STAGES, TRAININGS
 from pipeline.stages.plan import Planned
 from pipeline.stages.registry import REGISTRY
 
@@ -107,7 +107,8 @@ def submit(
     for each in plan:
         if each.mem_gb or each.time_min:
             needs.remember(run, each.stage, needs.Need(each.mem_gb, each.time_min, each.reason.rpartition(": ")[2]))
-    run.stop_flag.unlink(missing_ok=True)
+    for stage in TRAININGS:
+        run.save_flag(stage).unlink(missing_ok=True)
     if not submissions.service_alive(run):
         endpoint.withdraw(run)  # of a job that was killed
     submissions.write(run, submission)

@@ -24,6 +24,7 @@ from pipeline.scheduler import slurm
 from pipeline.scheduler.state import recorded_state, set_state
 from pipeline.stages import faults, retry
 from pipeline.stages.execute import StageFailed, StageStopped
+from pipeline.stages.names import TRAININGS
 
 log = logging.getLogger("pipeline")
 
@@ -48,8 +49,9 @@ class Ending:
         self._run = run
         self._submission = submission
         self._names = names
-        self._trains = "train" in names
-        self._saved = saved_steps(run)
+        self._trains = names[-1] in TRAININGS
+        self._flag = run.save_flag(names[-1])
+        self._saved = saved_steps(run, names[-1])
         self._kills = oom.kills()
         self._asked = self._warned = False
         self._queued = False
@@ -121,8 +123,8 @@ class Ending:
 
     def _ask_to_save(self) -> None:
         self._warned = True
-        if not self._run.stop_flag.exists():
-            atomic.write_text(self._run.stop_flag, REQUEUED)
+        if not self._flag.exists():
+            atomic.write_text(self._flag, REQUEUED)
 
     def _out_of_time(self) -> None:
         """A training that is nearer to its end than it was at its start just goes on."""
@@ -133,7 +135,7 @@ class Ending:
             self._failed(faults.Fault("time", "it reached its time limit"), _OUT_OF_TIME, self._attempt())
 
     def _advanced(self) -> bool:
-        return saved_steps(self._run) > self._saved
+        return saved_steps(self._run, self._names[-1]) > self._saved
 
     def _after_term(self) -> None:
         """The job tries again, was interrupted without a warning before, or is asked to end for good."""
@@ -203,12 +205,12 @@ class Ending:
 
     def _requested(self) -> bool:
         """Whether the STOP flag is the job's own, and not a person's."""
-        return self._run.stop_flag.exists() and self._run.stop_flag.read_text() == REQUEUED
+        return self._flag.exists() and self._flag.read_text() == REQUEUED
 
     def _forget_request(self) -> None:
         """Remove the job's own STOP flag: it has been obeyed, or came too late."""
         if self._requested():
-            self._run.stop_flag.unlink()
+            self._flag.unlink()
 
     def _cluster(self) -> Cluster:
         return read_config(self._run.root).cluster

@@ -15,6 +15,7 @@ from pipeline.containers.trainer import check_image, image_digest, in_image
 from pipeline.errors import UserError
 from pipeline.run import atomic, hashing, work
 from pipeline.run.directory import Artifact, Outputs, RunDir
+from pipeline.run.progress import SUPERVISED, folder_name, stage_of
 from pipeline.scheduler.state import set_state
 from pipeline.stages import faults
 from pipeline.stages.base import Context, Stage, Work
@@ -92,7 +93,8 @@ def run_stage(
     job = Work(run, context.config, folder / "out", devices, nodes=nodes)
     job.out.mkdir(parents=True)
     log_path = folder / "stdout.log"
-    environment = {FINGERPRINT: f"{fingerprint}{'-' + submission if forced else ''}", **(environment or {})}
+    training = folder_name(stage_name, f"{fingerprint}{'-' + submission if forced else ''}")
+    environment = {FINGERPRINT: training, **(environment or {})}
     if forced:
         environment[work.FORCED] = "1"
     argv, env = started_as(stage, job, environment)
@@ -126,8 +128,7 @@ def run_stage(
     )
     set_state(run, stage_name, submission, "done", stage.headline(outputs.values), number)
     _prune(run, stage_name, number)
-    if stage_name == "train":
-        _prune_checkpoints(run, environment[FINGERPRINT])
+    _prune_checkpoints(run, stage_name, training)
     return outputs
 
 
@@ -248,12 +249,19 @@ def _prune(run: RunDir, stage: str, keep: int) -> None:
             shutil.rmtree(folder / "out")
 
 
-def _prune_checkpoints(run: RunDir, keep: str) -> None:
-    """Remove the checkpoints of trainings that are no longer the run's: with other settings, or redone by force."""
-    if run.checkpoints.is_dir():
-        for folder in run.checkpoints.iterdir():
-            if folder.name != keep:
-                shutil.rmtree(folder)
+def _prune_checkpoints(run: RunDir, stage: str, keep: str) -> None:
+    """Remove the checkpoints of the stage's trainings that are no longer the run's: with other settings, or redone by
+    force. Of a finished SFT or reward model, whose artifact says it all, only the metrics stay."""
+    folders = list(run.checkpoints.iterdir()) if run.checkpoints.is_dir() else []
+    for folder in folders:
+        if stage_of(folder.name) != stage:
+            continue
+        if folder.name != keep:
+            shutil.rmtree(folder)
+        elif stage in SUPERVISED:
+            (folder / "latest").unlink(missing_ok=True)
+            for checkpoint in folder.glob("step-*"):
+                shutil.rmtree(checkpoint)
 
 
 def _next_attempt(run: RunDir, stage: str) -> int:

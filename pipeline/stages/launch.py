@@ -35,19 +35,19 @@ def plain_command(module: str, work: Work) -> list[str]:
     return [sys.executable, "-m", module, *work_arguments(work)]
 
 
-def accelerate_config(name: str, gpus: int) -> Path:
+def accelerate_config(name: str, gpus: int, section: str = "train") -> Path:
     """The accelerate config file called `name`, a path, or for "auto" the right one for the devices."""
     if name == "auto":
         name = "zero2-bf16" if gpus else "ddp-cpu"
     path = Path(name)
     if path.suffix in {".yaml", ".yml"}:
         if not path.is_file():
-            raise UserError(f"train.accelerate_config: {name}: no such file")
+            raise UserError(f"{section}.accelerate_config: {name}: no such file")
         return path.resolve()
     names = resource_names("accelerate", ".yaml")
     if name not in names:
         raise UserError(
-            f"train.accelerate_config: unknown name '{name}'{nearest(name, names)}; there are: {', '.join(names)}"
+            f"{section}.accelerate_config: unknown name '{name}'{nearest(name, names)}; there are: {', '.join(names)}"
         )
     return resource_dir("accelerate") / f"{name}.yaml"
 

@@ -13,6 +13,9 @@ STAGES: tuple[StageName, ...] = (
     *("prefetch", "sft", "reward-model", "sandbox", "convert", "serve", "train", "evaluate"),
 )
 
+TRAININGS = ("sft", "reward-model", "train")
+"""Stages that save when they are asked to stop, and go on from there."""
+
 
 def select_stages(
     wanted: str, everything: Sequence[str], start: str | None = None, until: str | None = None

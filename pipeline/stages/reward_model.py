@@ -8,7 +8,7 @@ from pipeline.config.schema import Config
 from pipeline.run.sources import EMBEDDED
 from pipeline.stages.base import Context, Stage, Work, model_identity, number, tokenizer_identity
 from pipeline.stages.launch import thread_environment
-from pipeline.stages.sft import supervised_command
+from pipeline.stages.sft import NOT_IN_RESULT, supervised_command
 
 
 class RewardModel(Stage):
@@ -16,7 +16,7 @@ class RewardModel(Stage):
 
     def settings(self, context: Context) -> dict[str, Any]:
         config = context.config
-        elsewhere = {"checkpoint_base", "checkpoint_base_revision"}
+        elsewhere = {"checkpoint_base", "checkpoint_base_revision", *NOT_IN_RESULT}
         settings: dict[str, Any] = {
             "seed": config.seed,
             "reward_model": config.reward_model.model_dump(mode="json", exclude=elsewhere),
@@ -29,7 +29,7 @@ class RewardModel(Stage):
         return ("prefetch", "sft") if config.reward_model.base == "sft" else ("prefetch",)
 
     def command(self, work: Work) -> list[str]:
-        return supervised_command("pipeline.training.reward_model", work, work.config.reward_model)
+        return supervised_command("pipeline.training.reward_model", work, work.config.reward_model, "reward_model")
 
     def environment(self, work: Work) -> dict[str, str]:
         return thread_environment(work, work.config.reward_model.num_processes)

@@ -59,16 +59,20 @@ class Ranks:
         self.any(False)
 
 
-def make_accelerator(accumulation: int, tracker: str | None = None, folder: Path | None = None) -> Accelerator:
-    """The Accelerator of a PPO process: NCCL on GPUs, gloo on CPUs, DeepSpeed where the launcher's config says so."""
+def make_accelerator(
+    accumulation: int, tracker: str | None = None, folder: Path | None = None, mixed_precision: str | None = None
+) -> Accelerator:
+    """The Accelerator of a training process: NCCL on GPUs, gloo on CPUs, DeepSpeed where the launcher says so."""
     on_cpu = not torch.cuda.is_available()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-    handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    # Buffers are constants, the same on every rank; sent round, they would make each forward a matter of all ranks.
+    handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)]
     if "RANK" in os.environ:  # else there is no launcher, and accelerate must not look for a process group
         handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=PATIENCE))
     return Accelerator(
         # With DeepSpeed accelerate must not be told of the CPU, or it forgets DeepSpeed.
         cpu=on_cpu and not deepspeed,
+        mixed_precision=mixed_precision,
         gradient_accumulation_steps=accumulation,
         log_with=tracker,
         project_dir=folder,

@@ -9,9 +9,6 @@ with the tokenizer.
 
 from __future__ import annotations
 
-import logging
-import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,16 +25,14 @@ from torch import Tensor, nn
 from pipeline.data.preferences import Preference, read_split
 from pipeline.data.tokens import encode_pair, load_tokenizer, pad_id
 from pipeline.run.sources import base_model_path, tokenizer_path
-from pipeline.run.work import Progress, parse_work, write_result
-from pipeline.training.models import check_positions, disable_dropout, load_reward_model, save_model
+from pipeline.training.batches import pad_rows
+from pipeline.training.models import check_positions, disable_dropout, load_reward_model
 from pipeline.training.report_once import run_rank
-from pipeline.training.supervised import Task, fit, pad_rows, start_process, sum_over
-from pipeline.training.tracking import end_tracking
+from pipeline.training.supervised import start, train
+from pipeline.training.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -117,25 +112,27 @@ class PairLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor, positions: Tensor, segments: Tensor, ends: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, segments: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
         chosen, rejected = scores(self.model, ids, positions, segments, ends).unbind(1)  # (B,), (B,)
-        return -F.logsigmoid(chosen - rejected).sum()
+        loss = -F.logsigmoid(chosen - rejected).sum()
+        return loss, pair_sums(chosen.detach(), rejected.detach())
+
+
+STATISTICS = ("losses/loss", "accuracy", "margin", "chosen_mean", "rejected_mean")
 
 
 def pair_sums(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Sums over pairs, float64: right, margin, loss, chosen, rejected. A tie is half right. # (B,), (B,) -> (5,)"""
+    """Sums over pairs, float64: loss, right, margin, chosen, rejected. A tie is half right. # (B,), (B,) -> (5,)"""
     chosen, rejected = chosen.double(), rejected.double()
     margin = chosen - rejected
     right = (margin > 0).double() + 0.5 * (margin == 0).double()
-    return torch.stack([right, margin, -F.logsigmoid(margin), chosen, rejected]).sum(dim=1)
+    return torch.stack([-F.logsigmoid(margin), right, margin, chosen, rejected]).sum(dim=1)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the stage's work."""
-    started = time.monotonic()
-    run, config, out = parse_work(__doc__ or "", argv)
-    settings = config.reward_model
-    accelerator = start_process(settings, config.seed)
+def main(argv: list[str] | None = None) -> int:
+    """Run the stage's work; returns the exit status."""
+    session = start("reward-model", "reward_model", __doc__ or "", argv)
+    run, config, settings = session.run, session.config, session.config.reward_model
     if settings.base == "sft":
         base = run.artifact("sft", "model")
         tokenizer = load_tokenizer(base)
@@ -143,41 +140,30 @@ def main(argv: list[str] | None = None) -> None:
         base = base_model_path(run, config)
         tokenizer = load_tokenizer(tokenizer_path(run, config, base))
     check_positions(base, "reward_model.max_length", settings.max_length)
-    train = make_pairs(read_split(run, "train"), tokenizer, settings.max_length)
-    test = make_pairs(read_split(run, "test"), tokenizer, settings.max_length)
+    examples = make_pairs(read_split(run, "train"), tokenizer, settings.max_length)
+    heldout = make_pairs(read_split(run, "test"), tokenizer, settings.max_length)
     model = load_reward_model(base, torch.float32, new_head=True)
     disable_dropout(model)
     pad = pad_id(tokenizer)
     model.config.pad_token_id = pad  # Hugging Face's own pooling needs it for batches
-    module = PairLoss(model)
-    task: Task[Pair] = Task(lambda batch: collate(batch, pad), lambda _: 1)
-    steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
-    progress = Progress(out, steps) if accelerator.is_main_process else None
-    done = fit(accelerator, module, task, train, settings, config.seed, progress)
+    task: Task[Pair] = Task(lambda batch: collate(batch, pad), lambda _: 1, STATISTICS)
 
-    module.eval()
+    def summarise(sums: list[float]) -> dict[str, float]:
+        names = ("loss", *STATISTICS[1:])
+        return {name: value / len(heldout) for name, value in zip(names, sums, strict=True)}
 
-    def measure(*tensors: Tensor) -> Tensor:
-        with accelerator.autocast():
-            return pair_sums(*scores(model, *tensors).unbind(1))
-
-    names = ("accuracy", "margin", "loss", "chosen_mean", "rejected_mean")
-    sums = sum_over(accelerator, measure, task, test)
-    values: dict[str, float | int] = {name: value / len(test) for name, value in zip(names, sums, strict=True)}
-    _log.info("held-out accuracy %(accuracy).3f margin %(margin).3f loss %(loss).4f", values)
-    if accelerator.is_main_process:
-        save_model(model, tokenizer, out / "model")
-        values |= {
-            "pairs": len(test),
-            "train_loss_last": done.loss_last,
-            "steps": done.steps,
-            "processes": accelerator.num_processes,
-            "train_seconds": round(done.seconds, 3),
-            "seconds": round(time.monotonic() - started, 3),
-        }
-        write_result(out, {"model": "model"}, values)
-    accelerator.wait_for_everyone()
-    end_tracking(accelerator)
+    return train(
+        session,
+        base,
+        PairLoss(model),
+        model,
+        tokenizer,
+        task,
+        examples,
+        heldout,
+        summarise,
+        counts={"pairs": len(heldout)},
+    )
 
 
 if __name__ == "__main__":

@@ -2,15 +2,12 @@
 
     [accelerate launch ...] python -m pipeline.training.sft --run RUN --out DIR
 
-Writes DIR/model, a Hugging Face folder with the tokenizer. Killed, it is run again from its start and gives the
-same weights.
+Writes DIR/model, a Hugging Face folder with the tokenizer.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,16 +25,14 @@ from pipeline.config.methods import SFT
 from pipeline.data.preferences import Preference, read_split
 from pipeline.data.tokens import encode_pair, load_tokenizer, pad_id
 from pipeline.run.sources import base_model_path, tokenizer_path
-from pipeline.run.work import Progress, parse_work, write_result
-from pipeline.training.models import check_positions, disable_dropout, load_causal_lm, save_model
+from pipeline.training.batches import pad_rows
+from pipeline.training.models import check_positions, disable_dropout, load_causal_lm
 from pipeline.training.report_once import run_rank
-from pipeline.training.supervised import Task, fit, hidden_states, pad_rows, start_process, sum_over
-from pipeline.training.tracking import end_tracking
+from pipeline.training.supervised import hidden_states, start, train
+from pipeline.training.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,57 +84,46 @@ class ResponseLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor, places: Tensor, targets: Tensor) -> Tensor:  # (B, T), (N,), (N,) -> ()
+    def forward(
+        self, ids: Tensor, places: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:  # (B, T), (N,), (N,) -> (), (1,)
         hidden = hidden_states(self.model, ids).flatten(0, 1).index_select(0, places)  # (N, H)
         logits = self.model.get_output_embeddings()(hidden)  # (N, V)
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        return loss, loss.detach().double().reshape(1)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the stage's work."""
-    started = time.monotonic()
-    run, config, out = parse_work(__doc__ or "", argv)
-    settings = config.sft
-    accelerator = start_process(settings, config.seed)
+def main(argv: list[str] | None = None) -> int:
+    """Run the stage's work; returns the exit status."""
+    session = start("sft", "sft", __doc__ or "", argv)
+    run, config, settings = session.run, session.config, session.config.sft
     base = base_model_path(run, config)
     tokenizer = load_tokenizer(tokenizer_path(run, config, base))
     check_positions(base, "sft.max_length", settings.max_length)
-    train = make_dialogues(read_split(run, "train"), tokenizer, settings)
-    test = make_dialogues(read_split(run, "test"), tokenizer, settings)
+    examples = make_dialogues(read_split(run, "train"), tokenizer, settings)
+    heldout = make_dialogues(read_split(run, "test"), tokenizer, settings)
     model = load_causal_lm(base, torch.float32)
     disable_dropout(model)
-    module = ResponseLoss(model)
     pad = pad_id(tokenizer)
     task: Task[Dialogue] = Task(lambda batch: collate(batch, pad), lambda dialogue: dialogue.loss_tokens)
-    steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
-    progress = Progress(out, steps) if accelerator.is_main_process else None
-    done = fit(accelerator, module, task, train, settings, config.seed, progress)
+    tokens = sum(dialogue.loss_tokens for dialogue in heldout)
 
-    module.eval()
+    def summarise(sums: list[float]) -> dict[str, float]:
+        return {"loss": sums[0] / tokens, "perplexity": math.exp(min(sums[0] / tokens, 50.0))}
 
-    def measure(ids: Tensor, places: Tensor, targets: Tensor) -> Tensor:
-        with accelerator.autocast():
-            return module(ids, places, targets).double().reshape(1)  # type: ignore[no-any-return]
-
-    tokens = sum(dialogue.loss_tokens for dialogue in test)
-    loss = sum_over(accelerator, measure, task, test)[0] / tokens
-    _log.info("held-out loss %.4f over %d tokens after %d steps in %.1f s", loss, tokens, done.steps, done.seconds)
-    if accelerator.is_main_process:
-        save_model(model, tokenizer, out / "model")
-        values = {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 50.0)),
-            "test_tokens": tokens,
-            "train_loss_first": done.loss_first,
-            "train_loss_last": done.loss_last,
-            "steps": done.steps,
-            "processes": accelerator.num_processes,
-            "train_seconds": round(done.seconds, 3),
-            "seconds": round(time.monotonic() - started, 3),
-        }
-        write_result(out, {"model": "model"}, values)
-    accelerator.wait_for_everyone()
-    end_tracking(accelerator)
+    return train(
+        session,
+        base,
+        ResponseLoss(model),
+        model,
+        tokenizer,
+        task,
+        examples,
+        heldout,
+        summarise,
+        shuffled=settings.shuffle,
+        counts={"test_tokens": tokens},
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""What SFT and reward-model training share: batches by length, exact global averages, the loop over optimiser steps.
+"""What the SFT and the reward-model stage share: the process, what is trained, its checkpoints, and its result.
 
-Started as one process or by `accelerate launch` with several. The batch size is global, every rank computes the
-same plan of batches and takes its rows of each, and a loss is the sum over a rank's rows divided by the count over
-all ranks' rows: one process and several give the same weights up to rounding.
+Started as one process or by `accelerate launch` with several. Exits with status 75, and without a result, when it was
+asked to stop; started again, it goes on from its checkpoint to the same weights.
 """
 
 from __future__ import annotations
@@ -10,125 +9,95 @@ from __future__ import annotations
 import logging
 import math
 import os
-import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config.methods import Supervised
-from pipeline.errors import UserError
-from pipeline.run.work import Progress
+from pipeline.config.schema import Config
+from pipeline.run import atomic, hashing
+from pipeline.run.directory import RunDir
+from pipeline.run.work import Progress, parse_work, write_result
+from pipeline.training.batches import E, epoch_steps
+from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.fit import Course, Hooks, Keeping, fit
+from pipeline.training.ranks import Ranks, make_accelerator
+from pipeline.training.stop import EX_TEMPFAIL, STOPPED, StopRequest
+from pipeline.training.task import Task, sum_over, uses_deepspeed
+from pipeline.training.tracking import end_tracking, run_id, start_tracker, tracker_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MICRO_BATCH_TOKENS = 8192
-"""Padded tokens that one forward may hold; larger batches are accumulated, which does not change the result."""
-BUCKET_BATCHES = 16
-"""Batches are cut from this many batches' worth of examples, sorted by length: little padding, still random."""
 MAX_GRAD_NORM = 1.0
-BETAS = (0.9, 0.95)
+FINGERPRINT = "HH_PIPELINE_FINGERPRINT"
+"""Environment variable that names the checkpoints' folder: a changed configuration never resumes an old training."""
+NOT_IN_RESULT = {"keep_checkpoints", "checkpoint_interval"}
+"""Settings that change how a training is kept, not what it ends in."""
 
 _log = logging.getLogger(__name__)
 
 
-class Sized(Protocol):
-    """An example that knows how long its padded row will be."""
+@dataclass
+class Session:
+    """A work command on its way: what it was asked for, and this process among the others."""
 
-    @property
-    def length(self) -> int: ...
-
-
-E = TypeVar("E", bound=Sized)
-
-
-@dataclass(frozen=True)
-class Task(Generic[E]):
-    """What is trained: examples become tensors, a module turns them into the sum of losses.
-
-    `weight` is how many terms an example adds to the global mean (response tokens; 1 for a pair).
-    """
-
-    collate: Callable[[Sequence[E]], tuple[Tensor, ...]]
-    weight: Callable[[E], int]
+    run: RunDir
+    config: Config
+    out: Path
+    settings: Supervised
+    stage: str
+    accelerator: Accelerator
+    ranks: Ranks
+    stop: StopRequest
+    started: float = field(default_factory=time.monotonic)
 
 
-@dataclass(frozen=True)
-class Fit:
-    """How the training went: optimiser steps, first and last training loss, and seconds."""
+def start(stage: str, section: str, description: str, argv: list[str] | None) -> Session:
+    """Parse the command line, join the other ranks (if any), seed everything, make CPU kernels repeatable."""
+    run, config, out = parse_work(description, argv)
+    settings: Supervised = getattr(config, section)
+    stop = StopRequest(run.stop_flag)
+    accelerator = start_process(config, settings, run.tracker)
+    ranks = Ranks(accelerator.process_index, accelerator.num_processes, accelerator.device)
+    return Session(run, config, out, settings, stage, accelerator, ranks, stop)
 
-    steps: int
-    loss_first: float
-    loss_last: float
-    seconds: float
 
-
-def start_process(settings: Supervised, seed: int) -> Accelerator:
-    """Join the other ranks (if any), seed everything, and make CPU kernels repeatable bit for bit."""
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+def start_process(config: Config, settings: Supervised, tracker: Path | None = None) -> Accelerator:
+    """This process's Accelerator; seeds everything, and on a CPU makes kernels repeatable bit for bit."""
     from accelerate.utils import set_seed
     from transformers.utils import logging as transformers_logging
 
     # models.py checks what fits and what does not; transformers' tables and bars would only fill the stage's log.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    on_cpu = not torch.cuda.is_available()
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision=settings.mixed_precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
+    accelerator = make_accelerator(1, tracker_of(config), tracker, settings.mixed_precision)
     if accelerator.num_processes != world:
         raise RuntimeError(f"accelerate sees {accelerator.num_processes} processes, the launcher started {world}")
-    if on_cpu:
+    if accelerator.device.type == "cpu":
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid
-    set_seed(seed)
+    set_seed(config.seed)
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)
     return accelerator
 
 
-def plan_epoch(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Batches of example indices for one epoch: every example once, similar lengths together, order shuffled.
-
-    A pure function of its arguments. The last batch may be smaller.
-    """
-    shuffle = random.Random(f"{seed}/{epoch}")
-    order = list(range(len(lengths)))
-    shuffle.shuffle(order)
-    bucket = batch_size * BUCKET_BATCHES
-    batches = []
-    for start in range(0, len(order), bucket):
-        indices = sorted(order[start : start + bucket], key=lambda index: lengths[index])  # stable: ties stay shuffled
-        batches += [indices[at : at + batch_size] for at in range(0, len(indices), batch_size)]
-    shuffle.shuffle(batches)
-    return batches
-
-
-def split_by_tokens(examples: Sequence[E], max_tokens: int = MICRO_BATCH_TOKENS) -> list[list[E]]:
-    """Cut a rank's examples, longest first, into pieces of at most `max_tokens` padded tokens (at least one each)."""
-    pieces: list[list[E]] = []
-    for example in sorted(examples, key=lambda example: -example.length):
-        if pieces and (len(pieces[-1]) + 1) * pieces[-1][0].length <= max_tokens:
-            pieces[-1].append(example)
-        else:
-            pieces.append([example])
-    return pieces
-
-
 def learning_rate(step: int, total: int, settings: Supervised) -> float:
-    """The rate of optimiser step `step` (from 0): linear warm-up, then half a cosine down to a tenth of the peak."""
+    """The rate of optimiser step `step` (from 0): linear warm-up, then as it is or down to a tenth of the peak."""
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / (settings.warmup_steps + 1)
     done = (step - settings.warmup_steps) / max(1, total - settings.warmup_steps)
-    return settings.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+    left = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return settings.lr * (0.1 + 0.9 * left[settings.scheduler])
 
 
 def make_optimizer(module: nn.Module, settings: Supervised) -> torch.optim.AdamW:
@@ -137,103 +106,170 @@ def make_optimizer(module: nn.Module, settings: Supervised) -> torch.optim.AdamW
     vectors = [parameter for parameter in module.parameters() if parameter.requires_grad and parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=BETAS, fused=True)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
 
 
-def fit(
-    accelerator: Accelerator,
+def freeze_bottom(model: PreTrainedModel, fraction: float) -> int:
+    """Freeze this share of the layers, rounded down, from the bottom, with what lies below them; return how many.
+
+    What is frozen gets no gradient, and where nothing below needs one, no backward pass at all. A head that is tied to
+    the embedding is frozen with it.
+    """
+    if fraction == 0.0:
+        return 0
+    base: nn.Module = model.base_model
+    count = int(model.config.num_hidden_layers)
+    frozen = int(fraction * count + 1e-9)  # 0.29 * 100 is a little less than 29
+    for child in base.children():  # in the order of the forward pass: embeddings, layers, the final norm
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            for layer in child[:frozen]:
+                layer.requires_grad_(False)
+            break
+        child.requires_grad_(False)
+    return frozen
+
+
+def prepare(accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    """Module and optimiser as accelerate wraps them."""
+    if uses_deepspeed(accelerator):
+        plugin = accelerator.state.deepspeed_plugin.deepspeed_config
+        # Its own counting is not used: task.py says which backward pass is a step's last.
+        plugin["train_micro_batch_size_per_gpu"] = 1
+        plugin["gradient_accumulation_steps"] = 1
+        plugin["gradient_clipping"] = MAX_GRAD_NORM
+    wrapped, prepared = accelerator.prepare(module, optimizer)
+    return wrapped, prepared
+
+
+def course_of(settings: Supervised, examples: int, seed: int, shuffled: bool = True) -> Course:
+    """The settings as the loop takes them."""
+    total = settings.epochs * epoch_steps(examples, settings.batch_size)
+    total = min(total, settings.max_steps or total)
+    return Course(
+        total_steps=total,
+        batch_size=settings.batch_size,
+        seed=seed,
+        rate=lambda step: learning_rate(step, total, settings),
+        shuffled=shuffled,
+        micro_batch_tokens=settings.micro_batch_tokens,
+        max_grad_norm=MAX_GRAD_NORM,
+        eval_interval=settings.eval_interval,
+        checkpoint_interval=settings.checkpoint_interval,
+    )
+
+
+def train(
+    session: Session,
+    base: Path,
     module: nn.Module,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     task: Task[E],
     examples: Sequence[E],
-    settings: Supervised,
-    seed: int,
-    progress: Progress | None = None,
-) -> Fit:
-    """Train `module`, whose forward returns the SUM of an example batch's losses, in place.
+    heldout: Sequence[E],
+    summarise: Callable[[list[float]], dict[str, float]],
+    shuffled: bool = True,
+    counts: dict[str, float] | None = None,
+) -> int:
+    """Train `module`, which holds `model`, write OUT/model and the result; returns the exit status.
 
-    Per optimiser step the gradient is that of the mean over all ranks' terms, clipped to norm 1.0.
+    `summarise` makes figures of the module's sums over the held-out examples; one of them is called "loss".
     """
-    started = time.monotonic()
-    wrapped, optimizer = accelerator.prepare(module, make_optimizer(module, settings))
-    wrapped.train()
-    lengths = [example.length for example in examples]
-    total = settings.epochs * math.ceil(len(examples) / settings.batch_size)
-    losses: list[float] = []
-    step = 0
-    for epoch in range(settings.epochs):
-        for indices in plan_epoch(lengths, settings.batch_size, seed, epoch):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, total, settings)
-            loss = _backward(accelerator, wrapped, task, [examples[index] for index in indices])
-            accelerator.clip_grad_norm_(wrapped.parameters(), MAX_GRAD_NORM)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            # Every step's loss as a number would make a GPU wait: only when it is shown.
-            if step % 20 == 0 or step in (1, total):
-                losses.append(float(accelerator.reduce(loss, "sum")))
-                if not math.isfinite(losses[-1]):
-                    raise UserError(f"the training loss is {losses[-1]} at step {step}; lower the stage's lr")
-                _log.info("step %d/%d loss %.4f", step, total, losses[-1])
-            if progress is not None:
-                progress.update(step, f"loss {losses[-1]:.3f}")
-    return Fit(step, losses[0], losses[-1], time.monotonic() - started)
+    settings, accelerator, ranks = session.settings, session.accelerator, session.ranks
+    name = checkpoints_name(session, base)
+    start_tracker(
+        accelerator,
+        session.config,
+        session.run.tracker,
+        f"{session.run.root.name}-{session.stage}",
+        run_id(session.run.root, name),
+    )
+    freeze_bottom(model, settings.frozen_fraction)
+    wrapped, optimizer = prepare(accelerator, module, make_optimizer(module, settings))
+    course = course_of(settings, len(examples), session.config.seed, shuffled)
+    keeping = Keeping(
+        Checkpoints(session.run.checkpoints / name, ranks, settings.keep_checkpoints),
+        session.stop,
+        Progress(session.out, course.total_steps),
+    )
+    best: dict[str, Any] = {}
+
+    def evaluate(step: int) -> dict[str, float]:
+        sums = sum_over(accelerator, wrapped, task, heldout, settings.micro_batch_tokens)
+        figures = summarise(sums.tolist())
+        if not best or figures["loss"] < best["loss"]:
+            best.update(loss=figures["loss"], step=step)
+        _log.info("step %d: held-out %s", step, ", ".join(f"{key} {value:.4f}" for key, value in figures.items()))
+        return {f"test/{key}": value for key, value in figures.items()}
+
+    done = fit(
+        accelerator, ranks, wrapped, optimizer, task, examples, course, keeping, Hooks(evaluate=evaluate, extra=best)
+    )
+    if done.complete:
+        save_trained(accelerator, wrapped, module, model, tokenizer, session.out / "model")
+        values = {
+            **{key.removeprefix("test/"): value for key, value in done.evaluated.items()},
+            **(counts or {}),
+            "best_loss": best["loss"],
+            "best_step": best["step"],
+            **done.figures(),
+            "processes": ranks.world,
+            "seconds": round(time.monotonic() - session.started, 3),
+            "metrics": str(keeping.metrics.relative_to(session.run.root)),
+        }
+        if ranks.first:
+            write_result(session.out, {"model": "model"}, values)
+    elif ranks.first:
+        _log.info("stopped at step %d; start again to go on", done.step)
+        atomic.write_json(session.out / STOPPED, {"step": done.step})
+    ranks.barrier()
+    end_tracking(accelerator)
+    return 0 if done.complete else EX_TEMPFAIL
 
 
-def _backward(accelerator: Accelerator, wrapped: nn.Module, task: Task[E], batch: Sequence[E]) -> Tensor:
-    """Add a global batch's gradient; return this rank's share of the mean loss (the shares of all ranks sum to it)."""
-    world = accelerator.num_processes
-    count = sum(task.weight(example) for example in batch)
-    mine = list(batch[accelerator.process_index :: world])
-    # A rank without a row still takes part in the gradient's all-reduce, with a row that weighs nothing.
-    scale = 1.0 / max(1, count) if mine else 0.0
-    pieces = split_by_tokens(mine or batch[:1])
-    share = torch.zeros((), device=accelerator.device)
-    for number, piece in enumerate(pieces, 1):
-        # The ranks' gradients are averaged, so that a sum over ranks needs a factor of their number.
-        if number < len(pieces):
-            with accelerator.no_sync(wrapped):
-                loss = wrapped(*_to(task.collate(piece), accelerator.device)) * scale
-                accelerator.backward(loss * world)
-        else:
-            loss = wrapped(*_to(task.collate(piece), accelerator.device)) * scale
-            accelerator.backward(loss * world)
-        share += loss.detach()
-    return share
+def checkpoints_name(session: Session, base: Path) -> str:
+    """The checkpoints' folder: what the control plane says, else made from all that enters the training."""
+    given = os.environ.get(FINGERPRINT)
+    return given or str(session.ranks.from_first(_manual_name(session, base) if session.ranks.first else None))
 
 
-@torch.no_grad()
-def sum_over(
+def _manual_name(session: Session, base: Path) -> str:
+    """The stage, "manual" and a fingerprint of its settings, the start's files and the data's."""
+    cache = hashing.HashCache(session.run.root / "cache" / "hashes.json")
+    folders = (base, session.run.artifact("prefetch", "data"))
+    inputs = [hashing.hash_tree(folder, cache)[0] for folder in folders]
+    cache.save()
+    settings = session.settings.model_dump(mode="json", exclude=NOT_IN_RESULT)
+    return f"{session.stage}-manual-{hashing.fingerprint([settings, session.config.seed, inputs])}"
+
+
+def save_trained(
     accelerator: Accelerator,
-    measure: Callable[..., Tensor],
-    task: Task[E],
-    examples: Sequence[E],
-) -> list[float]:
-    """Sum `measure(*tensors)`, a float64 vector, over all examples of all ranks, without gradients."""
-    ordered = sorted(examples, key=lambda example: -example.length)
-    total: Tensor | None = None
-    for piece in split_by_tokens(ordered[accelerator.process_index :: accelerator.num_processes]):
-        part = measure(*_to(task.collate(piece), accelerator.device))
-        total = part if total is None else total + part
-    if total is None:  # fewer examples than ranks: a measured row gives the vector's size
-        total = torch.zeros_like(measure(*_to(task.collate(ordered[:1]), accelerator.device)))
-    return [float(value) for value in accelerator.reduce(total, "sum")]
+    wrapped: nn.Module,
+    module: nn.Module,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> None:
+    """Write the trained model as a Hugging Face folder; every rank takes part, since weights may be sharded."""
+    weights: dict[str, Tensor] | None = None
+    if uses_deepspeed(accelerator):
+        prefix = next(name for name, child in module.named_modules() if child is model) + "."
+        whole = accelerator.get_state_dict(wrapped)
+        weights = {key.removeprefix(prefix): value for key, value in (whole or {}).items() if key.startswith(prefix)}
+    if accelerator.is_main_process:
+        with atomic.disk_errors(folder):
+            model.save_pretrained(folder, state_dict=weights)
+            tokenizer.save_pretrained(folder)
+    accelerator.wait_for_everyone()
 
 
-def pad_rows(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
-    """Right-pad id lists to an int64 tensor. # (B, T)"""
-    width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
+def hidden_states(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """Final hidden states of right-padded rows. # (B, T), (B, T), (B, 1, T, T) -> (B, T, H)
 
-
-def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Final hidden states of right-padded rows. # (B, T) -> (B, T, H)
-
-    No attention mask: padding lies behind every real token, where a causal model does not look.
+    Without a mask, no attention mask: padding lies behind every real token, where a causal model does not look.
     """
-    output: Any = model.base_model(input_ids=ids, use_cache=False)
+    output: Any = model.base_model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
     return output.last_hidden_state  # type: ignore[no-any-return]
-
-
-def _to(tensors: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
-    return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
