@@ -34,7 +34,7 @@ from pipeline.serving.model_store import reward_folder
 from pipeline.training.baselines import baseline_scores
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.fit import Course, Fit, Hooks, Keeping, fit
-from pipeline.training.ilql_assemble import load_split, make_module, prepare, refuse_sharded_weights
+from pipeline.training.ilql_assemble import load_split, make_module, prepare, refuse_sharded_weights, repeat_on_cpu
 from pipeline.training.ilql_data import Trajectory, collate, make_trajectories
 from pipeline.training.ilql_evaluation import Evaluation
 from pipeline.training.ilql_model import statistic_names
@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     stop = StopRequest(run.stop_flag)
     accelerator = make_accelerator(1, tracker_of(config), run.tracker)
     refuse_sharded_weights(accelerator)
+    repeat_on_cpu(accelerator)
     ranks = Ranks(accelerator.process_index, accelerator.num_processes, accelerator.device)
     name = checkpoints_name(run, config, ranks)
     start_tracker(accelerator, config, run.tracker, run.root.name, run_id(run.root, name))

@@ -25,6 +25,13 @@ def refuse_sharded_weights(accelerator: Accelerator) -> None:
         raise UserError("train.accelerate_config: ILQL does not train under ZeRO-3; take zero2-bf16 or ddp")
 
 
+def repeat_on_cpu(accelerator: Accelerator) -> None:
+    """Make a CPU's kernels repeatable bit for bit: gradients of rows that several tokens share are sums, too."""
+    if accelerator.device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid
+
+
 def load_split(path: Path, config: Config, accelerator: Accelerator) -> Split:
     """The language model at `path` on this process's device, without dropout, split below what is trained.
 
