@@ -5,23 +5,23 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from helpers_ppo import VOCAB, HashScorer, finish_stage, json_line, make_run, tiny_config, tiny_model, tokenizer
+from helpers_ppo import HashScorer, finish_stage, json_line, make_run, tiny_config, tiny_model, tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pipeline import procs
 from pipeline.config.schema import Config
 from pipeline.config.training import Generate
-from pipeline.data.demo import demo_preferences
+from pipeline.data import demo_text as text
 from pipeline.data.preferences import Preference
-from pipeline.data.tokens import encode
 from pipeline.errors import UserError
 from pipeline.evaluation import evaluate
 from pipeline.resources import resource_dir
@@ -36,6 +36,9 @@ TRAIN: dict[str, Any] = {
     "checkpoint_interval": 3, "tracker": "none", "num_processes": 1,
 }  # fmt: skip
 ILQL: dict[str, Any] = {"alpha": 0.1, "cql_scale": 0.1, "beta": 0.5, "betas": [0.0, 1.0, 4.0], "best_beta": 1.0}
+
+
+KIND, RUDE = text.KIND_OPENERS[:2], text.RUDE_OPENERS[:2]
 
 
 def config_of(layers: int = 1, train: dict[str, Any] | None = None, **sections: Any) -> Config:
@@ -200,40 +203,44 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
         assert mine == pytest.approx(his, rel=1e-3)
 
 
-def judge_of(pairs: Sequence[Preference]) -> Callable[[list[int]], float]:
-    """A naive Bayes judge: the mean log odds of an answer's tokens to be in a chosen and not in a rejected answer."""
-    counts = [torch.ones(VOCAB), torch.ones(VOCAB)]
-    for pair in pairs:
-        for count, answer in zip(counts, (pair.chosen, pair.rejected), strict=True):
-            count += torch.bincount(torch.tensor(encode(tokenizer(), answer)), minlength=VOCAB)
-    odds = (counts[0] / counts[0].sum()).log() - (counts[1] / counts[1].sum()).log()
+def polite_and_rude(count: int, seed: int) -> list[Preference]:
+    """The demo's requests, each answered by one of its kind and one of its rude openings."""
+    random = Random(seed)
+    requests = [
+        f"\n\nHuman: {random.choice(text.REQUESTS).format(random.choice(text.TASKS).what)}" for _ in range(count)
+    ]
+    return [
+        Preference(f"{request}\n\nAssistant:", f" {random.choice(KIND)}", f" {random.choice(RUDE)}")
+        for request in requests
+    ]
 
-    def judge(ids: list[int]) -> float:
-        answer = encode(tokenizer(), decode_text(tokenizer(), ids[:-1]).rsplit("Assistant:", 1)[-1])
-        return odds[answer].mean().item() if answer else 0.0
 
-    return judge
+def manners(ids: list[int]) -> float:
+    """From -1, all rude, to 1, all kind: by the answer's four letters in a row that only one kind of opening has."""
+    kind, rude = ({line[at : at + 4] for line in lines for at in range(len(line) - 3)} for lines in (KIND, RUDE))
+    answer = decode_text(tokenizer(), ids[:-1]).rsplit("Assistant: ", 1)[-1]
+    parts = [answer[at : at + 4] for at in range(len(answer) - 3)]
+    return sum((part in kind) - (part in rude) for part in parts) / max(1, len(parts))
 
 
 def test_ilql_earns_more_on_held_out_prompts_than_the_language_model_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chosen and rejected answers are imitated alike, so that all that is gained over beta 0 comes from Q."""
-    data = demo_preferences(1, 240, 48)
-    monkeypatch.setattr(RewardSource, "connect", lambda self: HashScorer(judge_of(data["test"])))
+    monkeypatch.setattr(RewardSource, "connect", lambda self: HashScorer(manners))
     config = config_of(
         layers=-1,
-        train={"total_steps": 60, "batch_size": 16, "eval_interval": 60, "eval_prompts": 48, "seq_length": 96},
-        ilql={**ILQL, "beta": 0.0, "alpha": 0.1, "betas": [0.0, 4.0, 16.0, 64.0], "best_beta": 16.0},
+        train={"total_steps": 60, "batch_size": 16, "eval_interval": 60, "eval_prompts": 48},
+        ilql={**ILQL, "beta": 0.0, "alpha": 0.2, "betas": [0.0, 2.0, 8.0], "best_beta": 8.0},
         ppo={"delta_reward": False},
         optimizer={"lr": 5e-3},
         evaluate={"num_prompts": 4, "batch_size": 48},
     )
     run = make_run(tmp_path, config)
-    for split, rows in data.items():
+    for split, rows in (("train", polite_and_rude(200, seed=1)), ("test", polite_and_rude(48, seed=2))):
         path = run.artifact("prefetch", "data") / f"{split}.jsonl"
         path.write_text("".join(json_line(row) for row in rows))
     assert train(run) == 0
     last = rows_of(run)[-1]
     print({key: value for key, value in last.items() if "reward/mean" in key}, rows_of(run)[-2])
-    assert last["reward/mean@beta=16"] > last["reward/mean@beta=0"] + 0.2
+    assert last["reward/mean@beta=8"] > last["reward/mean@beta=0"] + 0.3
