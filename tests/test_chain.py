@@ -26,6 +26,7 @@ from helpers_jobs import (
 
 from pipeline.run import endpoint
 from pipeline.run.directory import RunDir
+from pipeline.run.progress import stage_of
 from pipeline.stages.names import STAGES
 
 pytestmark = [pytest.mark.chain, pytest.mark.triton]
@@ -121,7 +122,8 @@ def test_force_trains_anew_and_ends_in_the_same_weights(finished: Path, tmp_path
     outputs = RunDir(run).outputs("train")
     assert outputs is not None and outputs.attempt == 2
     assert policy_sha256(run) == policy_sha256(finished)
-    (checkpoints,) = (run / "checkpoints").iterdir()  # those of the first training are gone
+    folders = [path for path in (run / "checkpoints").iterdir() if stage_of(path.name) == "train"]
+    (checkpoints,) = folders  # those of the first training are gone
     assert checkpoints.name.startswith(outputs.fingerprint + "-")
 
 

@@ -104,8 +104,20 @@ def test_a_term_with_time_left_has_the_training_save_and_the_next_one_ends_the_j
     assert it.state.reason == "interrupted by Slurm; it waits in the queue again"
 
 
+@pytest.mark.parametrize("name", ["sft", "reward-model"])
+def test_a_supervised_training_is_asked_by_a_flag_of_its_own(job, name: str) -> None:
+    it = job((name,))
+    flag = it.run.save_flag(name)
+    it.slurm_says(PREEMPTED)
+    assert not it.signalled(signal.SIGUSR2)
+    assert flag.read_text() == ending.REQUEUED and not it.run.stop_flag.exists()  # others train on
+    (it.run.checkpoints / f"{name}-f" / "step-00000009").mkdir(parents=True)
+    it.ending.settle(SAVED)
+    assert (it.state.state, it.queued_again, flag.exists()) == ("pending", True, False)
+
+
 def test_other_work_has_nothing_to_save(job) -> None:
-    it = job(("sft",))
+    it = job(("convert",))
     it.slurm_says(PREEMPTED)
     assert not it.signalled(signal.SIGUSR2)  # it may still end in time
     assert it.signalled(signal.SIGTERM)

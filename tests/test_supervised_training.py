@@ -1,92 +1,36 @@
-"""SFT and reward-model training: only what matters carries loss; ranks, pieces and reruns change nothing."""
+"""SFT and reward-model training: only what matters carries loss; ranks and pieces change nothing."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import shutil
-import signal
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from accelerate.state import AcceleratorState
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    GPT2Config,
-    GPTJConfig,
-    GPTNeoXConfig,
-    LlamaConfig,
-    PretrainedConfig,
-    Qwen2Config,
+from helpers_supervised import (
+    ARCHITECTURES,
+    DEEP,
+    DIALOGUES,
+    PAIRS,
+    TINY,
+    Rank,
+    causal_lm,
+    classifier,
+    each_architecture,
 )
+from safetensors.torch import load_file, save_file
+from transformers import GPTNeoXConfig, PretrainedConfig
 
-from pipeline.config.load import dump, resolve
-from pipeline.config.methods import SFT, Supervised
-from pipeline.data import prefetch
-from pipeline.data.preferences import Preference
-from pipeline.data.tokens import encode, load_tokenizer
+from pipeline.config.methods import Supervised
 from pipeline.errors import UserError
-from pipeline.procs import capture
-from pipeline.resources import resource_dir
-from pipeline.run.directory import Artifact, Outputs, RunDir
+from pipeline.evaluation.reward_model import calibration_error, expected_calibration_error
 from pipeline.training import reward_model, sft
 from pipeline.training.batches import plan_epoch, split_by_tokens
-from pipeline.training.models import check_positions, disable_dropout, load_causal_lm, load_reward_model
-from pipeline.training.reward_model import Pair
+from pipeline.training.models import check_positions, load_causal_lm, load_reward_model
 from pipeline.training.sft import Dialogue
-from pipeline.training.supervised import learning_rate
+from pipeline.training.supervised import freeze_bottom, learning_rate
 from pipeline.training.task import Task, backward
-
-TINY: dict[str, Any] = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "num_labels": 1}
-GPT: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-DEEP: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-ARCHITECTURES: list[PretrainedConfig] = [
-    GPTNeoXConfig(**TINY, **DEEP, max_position_embeddings=64),
-    GPTJConfig(**TINY, **GPT, rotary_dim=4),
-    GPT2Config(**TINY, **GPT),
-    LlamaConfig(**TINY, **DEEP),
-    Qwen2Config(**TINY, **DEEP, num_key_value_heads=2),
-]
-DIALOGUES = [Dialogue((3, 4, 5, 6, 7, 0), 3), Dialogue((8, 9, 0), 2), Dialogue((10, 11, 12, 13, 0), 1)]
-PAIRS = [Pair((3, 4, 5, 6), (7, 8, 0), (9, 0)), Pair((1, 2), (3, 0), (4, 5, 6, 7, 0)), Pair((9,), (5, 0), (0,))]
-
-each_architecture = pytest.mark.parametrize("config", ARCHITECTURES, ids=lambda config: config.model_type)
-
-
-def causal_lm(config: PretrainedConfig) -> Any:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    disable_dropout(model)
-    return model
-
-
-def classifier(config: PretrainedConfig) -> Any:
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(config)
-    disable_dropout(model)
-    return model
-
-
-@pytest.fixture(autouse=True)
-def own_process_state() -> Iterator[None]:
-    """The stages set up their process: repeatable kernels, accelerate's singletons, signals. Others start afresh."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    AcceleratorState._reset_state(reset_partial_state=True)
-
 
 # --- what carries loss
 
@@ -125,9 +69,37 @@ def test_pair_loss_is_the_logistic_loss_of_the_margin() -> None:
 
 
 def test_pair_sums_count_a_tie_as_half_right() -> None:
-    sums = reward_model.pair_sums(torch.tensor([1.0, 2.0, 0.0]), torch.tensor([0.0, 2.0, 3.0]))
+    chosen, rejected = torch.tensor([1.0, 2.0, 0.0]).double(), torch.tensor([0.0, 2.0, 3.0]).double()
+    sums = reward_model.pair_sums(chosen, rejected)
     loss = math.log(1 + math.exp(-1)) + math.log(2) + math.log(1 + math.exp(3))
     assert torch.allclose(sums, torch.tensor([loss, 1.5, -2.0, 3.0, 5.0], dtype=torch.float64))
+
+
+def test_centring_adds_the_square_of_the_rewards_sum() -> None:
+    model = classifier(ARCHITECTURES[0])
+    tensors = reward_model.collate(PAIRS, pad=1)
+    rewards = reward_model.scores(model, *tensors).tolist()
+    plain = sum(math.log(1 + math.exp(rejected - chosen)) for chosen, rejected in rewards)
+    extra = sum((chosen + rejected) ** 2 for chosen, rejected in rewards)
+
+    loss, sums = reward_model.PairLoss(model, center=0.5)(*tensors)
+
+    assert math.isclose(loss.item(), plain + 0.5 * extra, rel_tol=1e-5)
+    assert math.isclose(sums[0], loss.item(), rel_tol=1e-6) and math.isclose(sums[1], plain, rel_tol=1e-5)
+
+
+def test_calibration_by_hand() -> None:
+    sigmoid = lambda margin: 1 / (1 + math.exp(-margin))  # noqa: E731
+    margins = [0.05, -0.1, 3.0, 3.1, -3.2, 0.0]
+    # Confidences 0.512, 0.525 and 0.5 share the first bin, 0.953, 0.957 and 0.961 the last; the tie is half right.
+    first = 1 + 0 + 0.5 - sigmoid(0.05) - sigmoid(0.1) - 0.5
+    last = 1 + 1 + 0 - sigmoid(3.0) - sigmoid(3.1) - sigmoid(3.2)
+
+    gaps = reward_model.calibration_sums(torch.tensor(margins, dtype=torch.float64)).tolist()
+
+    error = expected_calibration_error(gaps, len(margins))
+    assert math.isclose(error, (abs(first) + abs(last)) / 6)
+    assert math.isclose(error, calibration_error(margins).value)
 
 
 def test_dropout_is_off_everywhere() -> None:
@@ -160,29 +132,38 @@ def test_pieces_hold_at_most_the_token_budget() -> None:
     assert [[example.length for example in piece] for piece in pieces] == [[30], [9, 5], [4, 3]]
 
 
-def test_the_rate_warms_up_and_falls_to_a_tenth() -> None:
-    settings = Supervised(lr=1.0, warmup_steps=3)
+@pytest.mark.parametrize(
+    ("scheduler", "middle", "last"), [("cosine", 0.55, 0.122), ("linear", 0.55, 0.19), ("constant", 1.0, 1.0)]
+)
+def test_the_rate_warms_up_and_falls_to_a_tenth_or_stays(scheduler: Any, middle: float, last: float) -> None:
+    settings = Supervised(lr=1.0, warmup_steps=3, scheduler=scheduler)
     rates = [learning_rate(step, 13, settings) for step in range(13)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[3:] == sorted(rates[3:], reverse=True)
-    assert math.isclose(rates[8], 0.55) and 0.1 < rates[12] < 0.15
+    # Steps 3 to 13 are the way down: step 8 is half of it, step 12 nine tenths. (1 + cos(0.9 pi)) / 2 = 0.02447.
+    assert math.isclose(rates[8], middle) and math.isclose(rates[12], last, abs_tol=1e-3)
+    assert math.isclose(learning_rate(13, 13, settings), 1.0 if scheduler == "constant" else 0.1)
 
 
-class Rank:
-    """As much of an Accelerator as one rank's backward pass needs."""
+def test_not_shuffled_the_batches_are_the_datas() -> None:
+    assert plan_epoch([3, 1, 2, 5, 4], 2, seed=1, epoch=7, shuffled=False) == [[0, 1], [2, 3], [4]]
 
-    device = torch.device("cpu")
-    distributed_type = "MULTI_CPU"
 
-    def __init__(self, index: int, world: int) -> None:
-        self.process_index, self.num_processes = index, world
+@each_architecture
+def test_frozen_layers_and_what_is_below_get_no_gradient(config: PretrainedConfig) -> None:
+    module = sft.ResponseLoss(causal_lm(config))
 
-    @contextlib.contextmanager
-    def no_sync(self, _: Any) -> Iterator[None]:
-        yield
+    assert freeze_bottom(module.model, 0.5) == 1  # of two layers
 
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
+    module(*sft.collate(DIALOGUES, pad=1))[0].backward()
+    trained = {name for name, value in module.model.named_parameters() if value.grad is not None}
+    assert trained == {name for name, value in module.model.named_parameters() if value.requires_grad}
+    tied = module.model.get_output_embeddings().weight is module.model.get_input_embeddings().weight
+    layers = {name.split(".")[2] for name in trained if ".layers." in name or ".h." in name}
+    others = {name for name in trained if ".layers." not in name and ".h." not in name}
+    assert layers == {"1"}
+    assert all("ln_f" in name or "norm" in name or "head" in name or "embed_out" in name for name in others)
+    assert any("head" in name or "embed_out" in name for name in others) != tied
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -254,91 +235,3 @@ def test_every_architecture_says_how_many_positions_it_has(config: PretrainedCon
     check_positions(tmp_path, "sft.max_length", positions)
     with pytest.raises(UserError, match=f"^sft.max_length: {positions + 1} is more than the {positions} positions of"):
         check_positions(tmp_path, "sft.max_length", positions + 1)
-
-
-# --- the stages' commands
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """A run whose prefetch is done: 120 demo dialogues and a model of 13,000 weights."""
-    root = tmp_path_factory.mktemp("run")
-    tree = {
-        "model": {
-            "path": "embedded",
-            "num_layers_unfrozen": 1,
-            "embedded": {"vocab_size": 400, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "max_positions": 128},
-        },
-        "data": {"source": "demo", "demo": {"train": 120, "test": 31}},
-        "sandbox": {"engine": "none"},
-        "train": {"seq_length": 100, "tracker": "none"},
-        "generate": {"max_new_tokens": 48},
-        "sft": {"max_length": 100, "batch_size": 16, "lr": 3e-2, "epochs": 2},
-        "reward_model": {"max_length": 100, "batch_size": 7, "lr": 5e-3, "base": "model"},
-        "serving": {"max_length": 128},
-    }
-    (root / "config.yaml").write_text(dump(resolve(tree)))
-    prefetch.main(["--run", str(root), "--out", str(root / "prefetch")])
-    artifacts = {name: Artifact(f"prefetch/{name}", "0", 0) for name in ("data", "model")}
-    made = RunDir(root)
-    made.write_outputs(Outputs("prefetch", "f", 1, artifacts))
-    return made
-
-
-def read_result(out: Path) -> dict[str, Any]:
-    result = json.loads((out / "result.json").read_text())
-    assert result["artifacts"] == {"model": "model"}
-    return dict(result["values"])
-
-
-def test_sft_learns_and_a_rerun_gives_the_same_bits(run: RunDir, tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        sft.main(["--run", str(run.root), "--out", str(tmp_path / name)])
-        shutil.rmtree(run.checkpoints)
-
-    values = read_result(tmp_path / "one")
-    assert values["steps"] == 16 and values["loss"] < 0.8 * math.log(400)
-    assert math.isclose(values["perplexity"], math.exp(values["loss"]))
-    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
-    assert all(torch.equal(one[key], two[key]) for key in one)
-    assert json.loads((tmp_path / "one" / "progress.json").read_text())["step"] == 16
-
-    # The reported loss, worked out again from the saved folder, one dialogue at a time.
-    model = load_causal_lm(tmp_path / "one" / "model", torch.float64)
-    tokenizer = load_tokenizer(tmp_path / "one" / "model")
-    total, tokens = 0.0, 0
-    for line in (run.root / "prefetch" / "data" / "test.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        response = [*encode(tokenizer, row["chosen"]), tokenizer.eos_token_id]
-        prompt = encode(tokenizer, row["prompt"])[-(100 - len(response)) :]  # sft.max_length is 100
-        ids = torch.tensor([*prompt, *response])
-        log_probs = model(ids[None]).logits[0].log_softmax(-1)
-        total += F.nll_loss(log_probs[len(prompt) - 1 : -1], ids[len(prompt) :], reduction="sum").item()
-        tokens += len(ids) - len(prompt)
-    assert tokens == values["test_tokens"] and math.isclose(total / tokens, values["loss"], rel_tol=1e-5)
-
-
-def test_one_process_and_two_give_the_same_reward_model(run: RunDir, tmp_path: Path) -> None:
-    reward_model.main(["--run", str(run.root), "--out", str(tmp_path / "one")])
-    shutil.rmtree(run.checkpoints)
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(resource_dir("accelerate") / "ddp-cpu.yaml")]
-    work = ["-m", "pipeline.training.reward_model", "--run", str(run.root), "--out", str(tmp_path / "two")]
-    status, output = capture([sys.executable, *launch, "--num_processes", "2", *work], timeout_s=300)
-    assert status == 0, output
-
-    one, two = read_result(tmp_path / "one"), read_result(tmp_path / "two")
-    assert one["steps"] == two["steps"] == 18 and one["pairs"] == two["pairs"] == 31
-    assert two["processes"] == 2
-    for key in ("loss", "margin", "chosen_mean", "rejected_mean"):
-        assert math.isclose(one[key], two[key], abs_tol=1e-4), key
-    first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
-    assert max(float((first[key] - second[key]).abs().max()) for key in first) < 1e-4
-
-
-def test_a_response_as_long_as_the_limit_still_trains(run: RunDir) -> None:
-    tokenizer = load_tokenizer(run.root / "prefetch" / "model")
-    preference = Preference("\n\nHuman: Hi\n\nAssistant:", " " + "word " * 50 + "end", " no")
-    (dialogue,) = sft.make_dialogues([preference], tokenizer, SFT(max_length=12))
-    assert (dialogue.length, dialogue.first) == (12, 1)  # nothing precedes the first token: it carries no loss
-    (pair,) = reward_model.make_pairs([preference], tokenizer, 12)
-    assert pair.prompt == () and len(pair.chosen) == 12

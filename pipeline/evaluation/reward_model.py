@@ -81,6 +81,15 @@ def reliability(margins: Sequence[float]) -> list[dict[str, Any]]:
     return table
 
 
+def expected_calibration_error(gaps: Sequence[float], pairs: int) -> float:
+    """The expected calibration error (Guo et al. 2017, arXiv:1706.04599) of bins of equal width.
+
+    sum over bins of (n_bin / n) * |accuracy - mean confidence|, where a pair's confidence is sigmoid(|margin|) and a
+    tie is half right; `gaps` holds, by bin, the sum over its pairs of (right - confidence).
+    """
+    return math.fsum(map(abs, gaps)) / pairs
+
+
 def calibration_error(margins: Sequence[float], seed: int = 0) -> Estimate:
     """The expected calibration error: the mean distance of accuracy from confidence over the bins, by their pairs.
 
@@ -90,8 +99,8 @@ def calibration_error(margins: Sequence[float], seed: int = 0) -> Estimate:
     gap = np.array([_right(margin) - _confidence(margin) for margin in margins])
 
     def error(rows: np.ndarray[Any, Any]) -> float:
-        sums = np.bincount(place[rows], weights=gap[rows], minlength=BINS)
-        return float(np.abs(sums).sum() / len(rows))
+        gaps = np.bincount(place[rows], weights=gap[rows], minlength=BINS)
+        return expected_calibration_error(gaps.tolist(), len(rows))
 
     value = error(np.arange(len(gap)))
     draw = np.random.default_rng(seed)

@@ -24,9 +24,11 @@ from torch import Tensor, nn
 
 from pipeline.data.preferences import Preference, read_split
 from pipeline.data.tokens import encode_pair, load_tokenizer, pad_id
+from pipeline.evaluation.reward_model import BINS, expected_calibration_error
 from pipeline.run.sources import base_model_path, tokenizer_path
 from pipeline.training.batches import pad_rows
 from pipeline.training.models import check_positions, disable_dropout, load_reward_model
+from pipeline.training.packing import additive
 from pipeline.training.report_once import run_rank
 from pipeline.training.supervised import start, train
 from pipeline.training.task import Task
@@ -81,52 +83,71 @@ def _segments(pair: Pair) -> list[int]:
     return [0] * len(pair.prompt) + [1] * len(pair.chosen) + [2] * len(pair.rejected)
 
 
-def answer_mask(segments: Tensor) -> Tensor:
+def answer_mask(segments: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Additive attention mask: a token sees what lies before it in the prompt and in its own answer.
 
-    (B, T) int64 -> (B, 1, T, T) float32, 0 where allowed and the least float32 elsewhere. No row is empty: a token
-    sees itself.
+    (B, T) int64 -> (B, 1, T, T), 0 where allowed and the least number elsewhere. No row is empty: a token sees itself.
     """
-    width = segments.shape[1]
-    causal = torch.ones(width, width, dtype=torch.bool, device=segments.device).tril()
     keys, queries = segments[:, None, :], segments[:, :, None]
-    allowed = causal & ((keys == 0) | (keys == queries))  # (B, T, T)
-    mask = torch.zeros(allowed.shape, device=segments.device)
-    return mask.masked_fill(~allowed, torch.finfo(torch.float32).min).unsqueeze(1)
+    return additive((keys == 0) | (keys == queries), dtype)
 
 
 def scores(model: PreTrainedModel, ids: Tensor, positions: Tensor, segments: Tensor, ends: Tensor) -> Tensor:
     """Rewards of both answers, float32: the score head at their last tokens. # 3 x (B, T), (B, 2) -> (B, 2)"""
     output = model.base_model(
-        input_ids=ids, position_ids=positions, attention_mask=answer_mask(segments), use_cache=False
+        input_ids=ids, position_ids=positions, attention_mask=answer_mask(segments, model.dtype), use_cache=False
     )
     rows = torch.arange(len(ids), device=ids.device).unsqueeze(1) * ids.shape[1]  # (B, 1)
     hidden = output.last_hidden_state.flatten(0, 1).index_select(0, (rows + ends).flatten())  # (2B, H)
     return model.score(hidden).float().view(-1, 2)  # type: ignore[no-any-return]
 
 
-class PairLoss(nn.Module):
-    """Sum over pairs of -log sigmoid(chosen - rejected)."""
+STATISTICS = ("losses/loss", "losses/pair_loss", "accuracy", "margin", "chosen_mean", "rejected_mean")
+"""What `PairLoss` sums, in this order, before the bins of the calibration."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+
+class PairLoss(nn.Module):
+    """Sum over pairs of -log sigmoid(chosen - rejected) + center * (chosen + rejected)^2.
+
+    The second term keeps rewards near 0, which the first leaves open (Eisenstein et al. 2023, arXiv:2312.09244).
+    """
+
+    def __init__(self, model: PreTrainedModel, center: float = 0.0) -> None:
         super().__init__()
         self.model = model
+        self.center = center
 
     def forward(self, ids: Tensor, positions: Tensor, segments: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum (), and with it as float64 those of STATISTICS and of `calibration_sums`. # (6 + BINS,)"""
         chosen, rejected = scores(self.model, ids, positions, segments, ends).unbind(1)  # (B,), (B,)
         loss = -F.logsigmoid(chosen - rejected).sum()
-        return loss, pair_sums(chosen.detach(), rejected.detach())
-
-
-STATISTICS = ("losses/loss", "accuracy", "margin", "chosen_mean", "rejected_mean")
+        if self.center:
+            loss = loss + self.center * (chosen + rejected).square().sum()
+        chosen, rejected = chosen.detach().double(), rejected.detach().double()
+        sums = [loss.detach().double().reshape(1), pair_sums(chosen, rejected), calibration_sums(chosen - rejected)]
+        return loss, torch.cat(sums)
 
 
 def pair_sums(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Sums over pairs, float64: loss, right, margin, chosen, rejected. A tie is half right. # (B,), (B,) -> (5,)"""
-    chosen, rejected = chosen.double(), rejected.double()
+    """Sums over pairs: logistic loss, right, margin, chosen, rejected. A tie is half right. # 2 x (B,) -> (5,)"""
     margin = chosen - rejected
-    right = (margin > 0).double() + 0.5 * (margin == 0).double()
-    return torch.stack([-F.logsigmoid(margin), right, margin, chosen, rejected]).sum(dim=1)
+    return torch.stack([-F.logsigmoid(margin), _right(margin), margin, chosen, rejected]).sum(dim=1)
+
+
+def calibration_sums(margin: Tensor) -> Tensor:
+    """Per bin of confidence sigmoid(|margin|), the sum of (right - confidence). # (B,) -> (BINS,)
+
+    Over all pairs these give the expected calibration error: the sum of their absolute values over the number of pairs
+    (`pipeline.evaluation.reward_model.expected_calibration_error`).
+    """
+    confidence = torch.sigmoid(margin.abs())
+    place = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)  # (B,)
+    gap = _right(margin) - confidence
+    return (F.one_hot(place, BINS) * gap[:, None]).sum(dim=0)
+
+
+def _right(margin: Tensor) -> Tensor:
+    return (margin > 0).to(margin.dtype) + 0.5 * (margin == 0).to(margin.dtype)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -149,13 +170,14 @@ def main(argv: list[str] | None = None) -> int:
     task: Task[Pair] = Task(lambda batch: collate(batch, pad), lambda _: 1, STATISTICS)
 
     def summarise(sums: list[float]) -> dict[str, float]:
-        names = ("loss", *STATISTICS[1:])
-        return {name: value / len(heldout) for name, value in zip(names, sums, strict=True)}
+        names = ("loss", *STATISTICS[2:])  # the pairs' loss, without what centres
+        figures = {name: value / len(heldout) for name, value in zip(names, sums[1:], strict=False)}
+        return {**figures, "calibration_error": expected_calibration_error(sums[len(STATISTICS) :], len(heldout))}
 
     return train(
         session,
         base,
-        PairLoss(model),
+        PairLoss(model, settings.center),
         model,
         tokenizer,
         task,

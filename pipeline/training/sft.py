@@ -27,6 +27,7 @@ from pipeline.data.tokens import encode_pair, load_tokenizer, pad_id
 from pipeline.run.sources import base_model_path, tokenizer_path
 from pipeline.training.batches import pad_rows
 from pipeline.training.models import check_positions, disable_dropout, load_causal_lm
+from pipeline.training.packing import PackedRow, block_mask, pack, positions_and_segments
 from pipeline.training.report_once import run_rank
 from pipeline.training.supervised import hidden_states, start, train
 from pipeline.training.task import Task
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Ids of prompt and response, EOS included; tokens from `first` on carry loss."""
+    """Ids of prompt and response, with its EOS if it gets one; tokens from `first` on carry loss."""
 
     ids: tuple[int, ...]
     first: int
@@ -57,7 +58,11 @@ def make_dialogues(
     """The chosen dialogues as ids. The very first token of a dialogue has nothing to be predicted from."""
     dialogues = []
     for preference in preferences:
-        prompt, response = encode_pair(tokenizer, preference.prompt, preference.chosen, settings.max_length)
+        if settings.append_eos:
+            prompt, response = encode_pair(tokenizer, preference.prompt, preference.chosen, settings.max_length)
+        else:  # the place of the EOS that is taken off again is the text's
+            prompt, response = encode_pair(tokenizer, preference.prompt, preference.chosen, settings.max_length + 1)
+            response = response[:-1]
         first = 1 if settings.loss_on == "dialogue" else max(1, len(prompt))
         dialogues.append(Dialogue((*prompt, *response), first))
     return [dialogue for dialogue in dialogues if dialogue.loss_tokens > 0]
@@ -68,12 +73,26 @@ def collate(dialogues: Sequence[Dialogue], pad: int) -> tuple[Tensor, Tensor, Te
 
     All int64. The places index a (B * T, H) view of the hidden states.
     """
-    ids = pad_rows([dialogue.ids for dialogue in dialogues], pad)  # (B, T)
-    width = ids.shape[1]
-    places = [
-        row * width + at - 1 for row, dialogue in enumerate(dialogues) for at in range(dialogue.first, dialogue.length)
-    ]
-    targets = [token for dialogue in dialogues for token in dialogue.ids[dialogue.first :]]
+    return _collate([[dialogue] for dialogue in dialogues], pad)
+
+
+def collate_packed(rows: Sequence[PackedRow[Dialogue]], pad: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `collate`, of rows that hold several dialogues; also their positions and segments (B, T), int64."""
+    ids, places, targets = _collate([row.examples for row in rows], pad)
+    lengths = [[dialogue.length for dialogue in row.examples] for row in rows]
+    return ids, places, targets, *positions_and_segments(lengths)
+
+
+def _collate(rows: Sequence[Sequence[Dialogue]], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    ids = pad_rows([[token for dialogue in row for token in dialogue.ids] for row in rows], pad)  # (B, T)
+    places: list[int] = []
+    targets: list[int] = []
+    for at, row in enumerate(rows):
+        start = at * ids.shape[1]
+        for dialogue in row:
+            places += range(start + dialogue.first - 1, start + dialogue.length - 1)
+            targets += dialogue.ids[dialogue.first :]
+            start += dialogue.length
     return ids, torch.tensor(places), torch.tensor(targets)  # (B, T), (N,), (N,)
 
 
@@ -85,12 +104,31 @@ class ResponseLoss(nn.Module):
         self.model = model
 
     def forward(
-        self, ids: Tensor, places: Tensor, targets: Tensor
-    ) -> tuple[Tensor, Tensor]:  # (B, T), (N,), (N,) -> (), (1,)
-        hidden = hidden_states(self.model, ids).flatten(0, 1).index_select(0, places)  # (N, H)
+        self,
+        ids: Tensor,  # (B, T)
+        places: Tensor,  # (N,)
+        targets: Tensor,  # (N,)
+        positions: Tensor | None = None,  # (B, T), where rows hold several dialogues
+        segments: Tensor | None = None,  # (B, T)
+    ) -> tuple[Tensor, Tensor]:  # (), (1,)
+        """The sum, and the same detached as float64."""
+        mask = None if segments is None else block_mask(segments, self.model.dtype)
+        hidden = hidden_states(self.model, ids, positions, mask).flatten(0, 1).index_select(0, places)  # (N, H)
         logits = self.model.get_output_embeddings()(hidden)  # (N, V)
         loss = F.cross_entropy(logits.float(), targets, reduction="sum")
         return loss, loss.detach().double().reshape(1)
+
+
+def make_task(settings: SFT, pad: int) -> Task[Dialogue]:
+    """Dialogues, or rows of several, as the loop trains them."""
+    width = min(settings.max_length, settings.micro_batch_tokens)
+    if not settings.packing:
+        return Task(lambda batch: collate(batch, pad), lambda dialogue: dialogue.loss_tokens)
+    return Task(
+        lambda rows: collate_packed(rows, pad),
+        lambda dialogue: dialogue.loss_tokens,
+        rows=lambda dialogues: pack(dialogues, width),
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -104,8 +142,6 @@ def main(argv: list[str] | None = None) -> int:
     heldout = make_dialogues(read_split(run, "test"), tokenizer, settings)
     model = load_causal_lm(base, torch.float32)
     disable_dropout(model)
-    pad = pad_id(tokenizer)
-    task: Task[Dialogue] = Task(lambda batch: collate(batch, pad), lambda dialogue: dialogue.loss_tokens)
     tokens = sum(dialogue.loss_tokens for dialogue in heldout)
 
     def summarise(sums: list[float]) -> dict[str, float]:
@@ -117,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
         ResponseLoss(model),
         model,
         tokenizer,
-        task,
+        make_task(settings, pad_id(tokenizer)),
         examples,
         heldout,
         summarise,

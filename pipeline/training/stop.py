@@ -13,16 +13,16 @@ STOPPED = "stopped.json"
 
 
 class StopRequest:
-    """Remembers a signal and looks at the flag; made in the main thread."""
+    """Remembers a signal and looks at the flags; made in the main thread."""
 
-    def __init__(self, flag: Path) -> None:
-        self._flag = flag
+    def __init__(self, *flags: Path) -> None:
+        self._flags = flags
         self._signalled = False
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, self._remember)
 
     def __bool__(self) -> bool:
-        return self._signalled or self._flag.exists()
+        return self._signalled or any(flag.exists() for flag in self._flags)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True

@@ -63,7 +63,7 @@ def start(stage: str, section: str, description: str, argv: list[str] | None) ->
     """Parse the command line, join the other ranks (if any), seed everything, make CPU kernels repeatable."""
     run, config, out = parse_work(description, argv)
     settings: Supervised = getattr(config, section)
-    stop = StopRequest(run.stop_flag)
+    stop = StopRequest(run.stop_flag, run.save_flag(stage))
     accelerator = start_process(config, settings, run.tracker)
     ranks = Ranks(accelerator.process_index, accelerator.num_processes, accelerator.device)
     return Session(run, config, out, settings, stage, accelerator, ranks, stop)
