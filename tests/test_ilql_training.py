@@ -38,7 +38,8 @@ TRAIN: dict[str, Any] = {
 ILQL: dict[str, Any] = {"alpha": 0.1, "cql_scale": 0.1, "beta": 0.5, "betas": [0.0, 1.0, 4.0], "best_beta": 1.0}
 
 
-KIND, RUDE = text.KIND_OPENERS[:2], text.RUDE_OPENERS[:2]
+KIND, RUDE = ("Good.", "Happy."), ("Not.", "Again.")
+"""Answers of a few tokens: what is paid at their end is soon known at their beginning."""
 
 
 def config_of(layers: int = 1, train: dict[str, Any] | None = None, **sections: Any) -> Config:
@@ -204,7 +205,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
 
 
 def polite_and_rude(count: int, seed: int) -> list[Preference]:
-    """The demo's requests, each answered by one of its kind and one of its rude openings."""
+    """The demo's requests, each answered kindly and rudely."""
     random = Random(seed)
     requests = [
         f"\n\nHuman: {random.choice(text.REQUESTS).format(random.choice(text.TASKS).what)}" for _ in range(count)
@@ -216,11 +217,9 @@ def polite_and_rude(count: int, seed: int) -> list[Preference]:
 
 
 def manners(ids: list[int]) -> float:
-    """From -1, all rude, to 1, all kind: by the answer's four letters in a row that only one kind of opening has."""
-    kind, rude = ({line[at : at + 4] for line in lines for at in range(len(line) - 3)} for lines in (KIND, RUDE))
+    """1 for an answer that begins as a kind one, -1 for one that begins as a rude one."""
     answer = decode_text(tokenizer(), ids[:-1]).rsplit("Assistant: ", 1)[-1]
-    parts = [answer[at : at + 4] for at in range(len(answer) - 3)]
-    return sum((part in kind) - (part in rude) for part in parts) / max(1, len(parts))
+    return float(answer.startswith(KIND)) - float(answer.startswith(RUDE))
 
 
 def test_ilql_earns_more_on_held_out_prompts_than_the_language_model_alone(
@@ -231,7 +230,7 @@ def test_ilql_earns_more_on_held_out_prompts_than_the_language_model_alone(
     config = config_of(
         layers=-1,
         train={"total_steps": 60, "batch_size": 16, "eval_interval": 60, "eval_prompts": 48},
-        ilql={**ILQL, "beta": 0.0, "alpha": 0.2, "betas": [0.0, 2.0, 8.0], "best_beta": 8.0},
+        ilql={**ILQL, "beta": 0.0, "alpha": 0.5, "betas": [0.0, 2.0, 8.0], "best_beta": 8.0},
         ppo={"delta_reward": False},
         optimizer={"lr": 5e-3},
         evaluate={"num_prompts": 4, "batch_size": 48},
@@ -242,5 +241,6 @@ def test_ilql_earns_more_on_held_out_prompts_than_the_language_model_alone(
         path.write_text("".join(json_line(row) for row in rows))
     assert train(run) == 0
     last = rows_of(run)[-1]
-    print({key: value for key, value in last.items() if "reward/mean" in key}, rows_of(run)[-2])
-    assert last["reward/mean@beta=8"] > last["reward/mean@beta=0"] + 0.3
+    by_language_model, somewhat, most = (last[f"reward/mean@beta={beta}"] for beta in (0, 2, 8))
+    assert by_language_model < somewhat < most
+    assert most > by_language_model + 0.4
