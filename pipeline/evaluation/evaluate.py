@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def training_rows(run: RunDir) -> list[Row]:
-    """The metrics of the training that made the policy, or the SFT model; a later one, unfinished, may own the link at the top."""
+    """The metrics of the training that made the policy, or the SFT model; the link at the top may be a later one's."""
     values = run.values("train") or run.values("sft")
     return read_rows(run.root / values.get("metrics", run.metrics.name))
 
