@@ -50,9 +50,9 @@ class Train(Section):
     seq_length: int = Field(1024, ge=4)
     """Prompt and response tokens; prompts keep their last seq_length - max_new_tokens tokens."""
     batch_size: int = Field(4, ge=1)
-    """Rollouts per process and optimiser step."""
+    """Rollouts, or ILQL's answers, per process and optimiser step."""
     micro_batch_size: int | None = Field(None, ge=1)
-    """Rollouts per forward; None takes batch_size. Accumulation does not change the result."""
+    """Rollouts or answers per forward; None takes batch_size. Accumulation does not change the result."""
     micro_batch_tokens: int | None = Field(None, ge=1)
     """Padded tokens per forward, rows of like length together; None counts rows only. Nor does this change the
     result."""

@@ -7,6 +7,7 @@ behind a fixed prompt: text encoded in one piece could merge tokens across the b
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
 
 
+def encode_all(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """`encode` of each text, by the tokenizer's own threads."""
+    if not texts:
+        return []
+    options: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    return [list(ids) for ids in tokenizer(list(texts), return_attention_mask=False, **options)["input_ids"]]
+
+
 def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that ends a response; UserError when the tokenizer defines none."""
     if tokenizer.eos_token_id is None:
@@ -65,10 +74,16 @@ def encode_pair(
     Together they are at most `max_length` ids: the prompt loses its beginning, as it does when sampling. A
     response that is too long by itself is cut at its end, and keeps the EOS; the prompt is then empty.
     """
-    prompt_ids = encode(tokenizer, prompt)
-    response_ids = [*encode(tokenizer, response)[: max_length - 1], end_id(tokenizer)]
-    room = max_length - len(response_ids)
-    return prompt_ids[max(0, len(prompt_ids) - room) :], response_ids
+    return join_pair(encode(tokenizer, prompt), encode(tokenizer, response), end_id(tokenizer), max_length)
+
+
+def join_pair(
+    prompt_ids: Sequence[int], response_ids: Sequence[int], end: int, max_length: int
+) -> tuple[list[int], list[int]]:
+    """`encode_pair` of texts that are encoded already."""
+    ended = [*response_ids[: max_length - 1], end]
+    room = max_length - len(ended)
+    return list(prompt_ids[max(0, len(prompt_ids) - room) :]), ended
 
 
 def same_vocabulary(a: Path, b: Path) -> bool:

@@ -34,7 +34,9 @@ from pipeline.run.work import Progress, parse_work, write_result
 from pipeline.serving.client import connect_scorer
 from pipeline.serving.model_store import reward_folder
 from pipeline.training.advantages import kl_k3
-from pipeline.training.decode import Response
+from pipeline.training.decode import Adjust, Response
+from pipeline.training.ilql_decoding import steer
+from pipeline.training.ilql_output import has_heads, load_heads
 from pipeline.training.metrics import Row, read_rows
 from pipeline.training.models import disable_dropout, load_causal_lm
 from pipeline.training.prompts import blocks, generator_for
@@ -106,9 +108,16 @@ def compare(
     )
     chosen = score_answers(preferences, scoring, scorer, config.evaluate.batch_size)
 
-    def answers(split: Split, done: int) -> list[Answer]:
+    def answers(split: Split, done: int, adjust: Adjust | None = None) -> list[Answer]:
         sampler = Sampler(
-            split, tokenizer, scoring, scorer, config.generate, config.prompt_length, contextlib.nullcontext
+            split,
+            tokenizer,
+            scoring,
+            scorer,
+            config.generate,
+            config.prompt_length,
+            contextlib.nullcontext,
+            adjust=adjust,
         )
         report = lambda count: progress.update(done + count, "sampling")  # noqa: E731
         return sample_answers(sampler, preferences, config.evaluate.batch_size, config.seed, report)
@@ -116,8 +125,9 @@ def compare(
     base = load_split(start, config)
     sft = answers(base, 0)
     tuned = load_split(trained, config)
-    policy = answers(tuned, len(preferences))
-    kl = mean_kl(tuned, base, [answer.response for answer in policy], config)
+    adjust = load_steering(trained, tuned)
+    policy = answers(tuned, len(preferences), adjust)
+    kl = mean_kl(tuned, base, [answer.response for answer in policy], config, adjust)
     return build_report(run, config, preferences, sft, policy, chosen, kl)
 
 
@@ -154,20 +164,36 @@ def sample_answers(
     ]
 
 
-def mean_kl(policy: Split, start: Split, responses: Sequence[Response], config: Config) -> float:
+def load_steering(folder: Path, split: Split) -> Adjust | None:
+    """What a policy that ILQL trained decodes with, beside its language model; None for any other."""
+    if not has_heads(folder):
+        return None
+    _, targets, beta = load_heads(folder)
+    return steer(targets.to(split.device), beta, split.whole.dtype)
+
+
+def mean_kl(
+    policy: Split, start: Split, responses: Sequence[Response], config: Config, adjust: Adjust | None = None
+) -> float:
     """KL(policy || start) in nats per response, by k3 on the policy's own samples."""
     total = 0.0
     for rows in blocks(range(len(responses)), config.evaluate.batch_size):
         batch = [responses[row] for row in rows]
         temperature = config.generate.temperature
-        ours, theirs = (response_logprobs(split, batch, temperature) for split in (policy, start))
+        ours = response_logprobs(policy, batch, temperature, adjust)
+        theirs = response_logprobs(start, batch, temperature)
         total += float(kl_k3(ours, theirs).double().sum())
     return total / len(responses)
 
 
 @torch.no_grad()
-def response_logprobs(split: Split, responses: Sequence[Response], temperature: float) -> torch.Tensor:
-    """Log-probabilities of all responses' tokens, one after the other (n,), by a forward of the whole model."""
+def response_logprobs(
+    split: Split, responses: Sequence[Response], temperature: float, adjust: Adjust | None = None
+) -> torch.Tensor:
+    """Log-probabilities of all responses' tokens, one after the other (n,), by a forward of the whole model.
+
+    With `adjust`, those of the scores that it makes, as the responses were sampled.
+    """
     inputs = [torch.tensor(response.prompt + response.tokens[:-1]) for response in responses]
     ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(split.device)  # (B, T)
     hidden = split.top.part(split.trunk(ids))  # (B, T, H); right padding is hidden by causality
@@ -176,7 +202,11 @@ def response_logprobs(split: Split, responses: Sequence[Response], temperature: 
         first = len(response.prompt) - 1
         states = hidden[row, first : first + len(response.tokens)]
         targets = torch.tensor(response.tokens, device=split.device)
-        parts.append(token_logprobs(split.top.head, states, targets, temperature, False)[0])
+        if adjust is None:
+            parts.append(token_logprobs(split.top.head, states, targets, temperature, False)[0])
+        else:
+            scores = adjust(split.top.head(states), states) / temperature
+            parts.append(scores.log_softmax(dim=-1).gather(-1, targets[:, None]).squeeze(-1))
     return torch.cat(parts)
 
 

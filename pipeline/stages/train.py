@@ -1,4 +1,4 @@
-"""train: PPO under accelerate on the devices that the server leaves free."""
+"""train: PPO or ILQL under accelerate on the devices that the server leaves free."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ class Train(Stage):
             "train": config.train.model_dump(mode="json", exclude=_NOT_IN_RESULT),
             "serving_max_length": config.serving.max_length,
         }
-        for name in ("ppo", "generate", "optimizer", "scheduler"):
+        for name in ("generate", "optimizer", "scheduler"):
             settings[name] = getattr(config, name).model_dump(mode="json")
+        settings |= method_settings(config)
         if "sft" not in config.all and config.model.path != EMBEDDED:
             settings["model"] = model_identity(context, "model")
         if not reward_source(config):
@@ -42,7 +43,8 @@ class Train(Stage):
     def command(self, work: Work) -> list[str]:
         config_file = accelerate_config(work.config.train.accelerate_config, len(work.devices))
         processes = num_processes(work)
-        return launch_command("pipeline.training.ppo", work, processes, config_file, precision_of(config_file))
+        module = f"pipeline.training.{work.config.train.method}"
+        return launch_command(module, work, processes, config_file, precision_of(config_file))
 
     def environment(self, work: Work) -> dict[str, str]:
         return thread_environment(work, num_processes(work))
@@ -50,6 +52,14 @@ class Train(Stage):
     def headline(self, values: dict[str, Any]) -> str:
         first, last = values.get("reward_mean_first"), values.get("reward_mean_last")
         return f"{values.get('steps', '?')} steps, held-out reward {number(first)} to {number(last)}"
+
+
+def method_settings(config: Config) -> dict[str, Any]:
+    """What only PPO or only ILQL reads; of the other's settings, those that say how rewards are measured."""
+    if config.train.method == "ppo":
+        return {"ppo": config.ppo.model_dump(mode="json")}
+    shared = {"delta_reward": config.ppo.delta_reward, "evaluated_together": config.evaluate.batch_size}
+    return {"ilql": config.ilql.model_dump(mode="json"), **shared}
 
 
 def num_processes(work: Work) -> int:

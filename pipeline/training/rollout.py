@@ -12,7 +12,7 @@ import torch
 
 from pipeline.config.training import Generate
 from pipeline.data.tokens import encode, end_id
-from pipeline.training.decode import Response, decode
+from pipeline.training.decode import Adjust, Response, decode
 from pipeline.training.dense import sequences
 from pipeline.training.scoring_text import ScoringText
 from pipeline.training.split import Split
@@ -73,6 +73,8 @@ class Sampler:
     autocast: Callable[[], AbstractContextManager[None]]
     whole_weights: Callable[[], AbstractContextManager[None]] = nullcontext
     """Around all sampling of a phase or an evaluation; every rank enters it, and at the same time."""
+    adjust: Adjust | None = None
+    """Changes the scores that are sampled from; ILQL's steering."""
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """The ids that a response is sampled behind."""
@@ -110,6 +112,7 @@ class Sampler:
                 generator,
                 on_finished=ask,
                 side_by_side=rows,
+                adjust=self.adjust,
                 stop=stop,
             )
         pending.flush()

@@ -1,0 +1,272 @@
+"""ILQL: `accelerate launch ... -m pipeline.training.ilql --run RUN --out DIR`.
+
+Makes the artifact "policy": the trained language model as a Hugging Face folder, with its heads (ilql_output.py), and
+with train.save_best "best", that of the best held-out reward. Exits with status 75, and without a result, when it was
+asked to stop; started again, it goes on from its checkpoint to the same weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.procs import die_with_parent
+
+if __name__ == "__main__":
+    die_with_parent()  # before the imports below, which take seconds
+
+from accelerate import Accelerator
+
+from pipeline.config.schema import Config
+from pipeline.data.preferences import Preference, read_split
+from pipeline.data.tokens import load_tokenizer, pad_id, same_vocabulary
+from pipeline.run import atomic, sources
+from pipeline.run.directory import RunDir
+from pipeline.run.work import Progress, parse_work, write_result
+from pipeline.serving.model_store import reward_folder
+from pipeline.training.baselines import baseline_scores
+from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.distributed import compute_dtype
+from pipeline.training.fit import Course, Fit, Hooks, Keeping, fit
+from pipeline.training.ilql_assemble import load_split, make_module, prepare, refuse_sharded_weights, repeat_on_cpu
+from pipeline.training.ilql_data import Trajectory, collate, make_trajectories
+from pipeline.training.ilql_evaluation import Evaluation
+from pipeline.training.ilql_model import statistic_names
+from pipeline.training.ilql_output import decoding_beta, save_heads
+from pipeline.training.metrics import read_rows
+from pipeline.training.model_card import Card, write_card, write_generation_config
+from pipeline.training.models import check_positions
+from pipeline.training.ppo import checkpoints_name, push_if_asked, quiet_libraries
+from pipeline.training.ranks import Ranks, make_accelerator
+from pipeline.training.report_once import run_rank
+from pipeline.training.reward_source import LEDGER, RewardSource
+from pipeline.training.rollout import Sampler
+from pipeline.training.schedule import learning_rate
+from pipeline.training.scoring_text import ScoringText
+from pipeline.training.stop import EX_TEMPFAIL, STOPPED, StopRequest
+from pipeline.training.stopping import StopSequences
+from pipeline.training.task import Task
+from pipeline.training.tracking import end_tracking, run_id, start_tracker, tracker_of
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train; returns the exit status."""
+    run, config, out = parse_work(__doc__.splitlines()[0], argv)
+    quiet_libraries()
+    stop = StopRequest(run.stop_flag)
+    accelerator = make_accelerator(1, tracker_of(config), run.tracker)
+    refuse_sharded_weights(accelerator)
+    repeat_on_cpu(accelerator)
+    ranks = Ranks(accelerator.process_index, accelerator.num_processes, accelerator.device)
+    name = checkpoints_name(run, config, ranks)
+    start_tracker(accelerator, config, run.tracker, run.root.name, run_id(run.root, name))
+    if not ranks.first:
+        logging.getLogger().setLevel(logging.WARNING)
+    folder = run.checkpoints / name
+    with contextlib.closing(RewardSource(run, config, folder / LEDGER, ranks)) as rewards:
+        keeping = Keeping(
+            Checkpoints(folder, ranks, config.train.keep_checkpoints), stop, Progress(out, config.train.total_steps)
+        )
+        training = Training(run, config, accelerator, ranks, rewards, keeping)
+        done = training.train()
+        if done.complete:
+            training.save(out / "policy")
+    if ranks.first and done.complete:
+        artifacts = {"policy": "policy"}
+        if config.train.save_best:
+            shutil.copytree(best_folder(folder, training.best["best_step"]), out / "best", dirs_exist_ok=True)
+            artifacts["best"] = "best"
+        metrics = {"metrics": str(keeping.metrics.relative_to(run.root))}
+        values = {**summary(done, training.best, config), **metrics}
+        for artifact in artifacts.values():
+            training.describe(out / artifact, values)
+        write_result(out, artifacts, values)
+        push_if_asked(run, config, out / "policy")
+    elif ranks.first:
+        logger.info("stopped at step %d; start again to go on", done.step)
+        atomic.write_json(out / STOPPED, {"step": done.step})
+    ranks.barrier()
+    end_tracking(accelerator)
+    return 0 if done.complete else EX_TEMPFAIL
+
+
+class Training:
+    """Models, data and scorer of one process, put together for the loop."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        config: Config,
+        accelerator: Accelerator,
+        ranks: Ranks,
+        rewards: RewardSource,
+        keeping: Keeping,
+    ) -> None:
+        self.run, self.config, self.accelerator, self.ranks = run, config, accelerator, ranks
+        self.keeping, self.best = keeping, dict[str, Any]()
+        start = sources.policy_start_path(run, config)
+        check_positions(start, "train.seq_length", config.train.seq_length)
+        tokenizer_folder = sources.tokenizer_path(run, config, start)
+        self.tokenizer = load_tokenizer(tokenizer_folder)
+        rewards_from = reward_folder(run, config)
+        scoring = ScoringText(
+            policy=self.tokenizer,
+            reward=load_tokenizer(rewards_from),
+            same_vocabulary=same_vocabulary(tokenizer_folder, rewards_from),
+            stops=StopSequences(self.tokenizer, config.generate.stop_sequences),
+            max_length=config.serving.max_length,
+        )
+        self.split = load_split(start, config, accelerator)
+        self.module = make_module(self.split, config)
+        self.wrapped, self.optimizer = prepare(self.module, config, accelerator)
+        train, heldout = read_split(run, "train"), read_split(run, "test")[: config.train.eval_prompts]
+        encode = functools.partial(
+            make_trajectories, tokenizer=self.tokenizer, max_length=config.train.seq_length, settings=config.ilql
+        )
+        self.examples = encode(train)
+        pad = pad_id(self.tokenizer)
+        self.task: Task[Trajectory] = Task(
+            lambda rows: collate(rows, pad), lambda row: row.actions, statistic_names(2 if config.ilql.two_qs else 1)
+        )
+        sampler = Sampler(
+            self.split,
+            self.tokenizer,
+            scoring,
+            rewards.connect(),
+            config.generate,
+            config.prompt_length,
+            accelerator.autocast,
+        )
+        self.evaluation = Evaluation(
+            config,
+            accelerator,
+            ranks,
+            self.module,
+            sampler,
+            rewards,
+            heldout,
+            encode(heldout),
+            self.task,
+            micro_batch_tokens(config),
+            rescore=lambda sampler: self._baselines(heldout, sampler),
+            keep_best=self._keep_best,
+            best=self.best,
+        )
+
+    def train(self) -> Fit:
+        """To the end, or to a requested stop."""
+        config = self.config
+        if self.ranks.first:
+            atomic.replace_symlink(self.run.metrics, self.keeping.metrics)
+        course = Course(
+            total_steps=config.train.total_steps,
+            batch_size=config.train.batch_size * self.ranks.world,
+            seed=config.seed,
+            rate=lambda step: learning_rate(step, config.optimizer, config.scheduler, config.train.total_steps),
+            micro_batch_tokens=micro_batch_tokens(config),
+            max_grad_norm=config.optimizer.max_grad_norm,
+            eval_interval=config.train.eval_interval,
+            checkpoint_interval=config.train.checkpoint_interval,
+        )
+        hooks = Hooks(after_step=self.module.after_step, evaluate=self.evaluation.evaluate, extra=self.best)
+        return fit(
+            self.accelerator,
+            self.ranks,
+            self.wrapped,
+            self.optimizer,
+            self.task,
+            self.examples,
+            course,
+            self.keeping,
+            hooks,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write the language model, in one dtype, its tokenizer and the heads; to be called by every rank."""
+        if self.ranks.first:
+            dtype = compute_dtype(self.accelerator)
+            whole = self.split.whole
+            weights = {name: weight.detach().to(dtype) for name, weight in whole.state_dict().items()}
+            whole.config.dtype = dtype
+            with atomic.disk_errors(folder):
+                whole.save_pretrained(folder, state_dict=weights)
+                self.tokenizer.save_pretrained(folder)
+            save_heads(self.module.heads, self.module.targets, self.config.ilql, folder)
+        self.ranks.barrier()
+
+    def describe(self, folder: Path, values: Mapping[str, Any]) -> None:
+        """Write the model card and the sampling settings of the policy in `folder`."""
+        identity, checkpoint = self.evaluation.sampler.scorer.identity, self.config.reward_model.checkpoint
+        reward_model = Path(checkpoint).name if checkpoint else "trained in the same run"
+        card = Card(
+            method="ILQL",
+            sections=("model", "ilql", "train", "generate", "optimizer", "scheduler"),
+            figures=values,
+            start="its supervised fine-tuning on the same data" if "sft" in self.config.all else None,
+            reward_model=f"{reward_model} (SHA-256 {identity})" if identity else reward_model,
+            rows=read_rows(self.keeping.metrics),
+        )
+        write_generation_config(folder, self.tokenizer, self.config)
+        write_card(folder, self.run, self.config, card)
+
+    def _keep_best(self, step: int) -> None:
+        """Written beside and renamed. The one before stays until the next: a resume may begin before this step."""
+        target = best_folder(self.keeping.checkpoints.folder, step)
+        unfinished = target.with_name(f"{target.name}.unfinished")
+        if self.ranks.first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self.save(unfinished)
+        if self.ranks.first:
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(unfinished, target)
+            for old in sorted(path for path in target.parent.glob("best-*") if path != target)[:-1]:
+                shutil.rmtree(old)
+        self.ranks.barrier()
+
+    def _baselines(self, heldout: list[Preference], sampler: Sampler) -> Mapping[int, float] | None:
+        """The rewards of the data set's own answers to the held-out prompts, where rewards are measured from them."""
+        if not self.config.ppo.delta_reward:
+            return None
+        shared, rows = self.config.serving.baseline_cache, range(len(heldout))
+        cache = Path(shared).expanduser() if shared else self.run.root / "cache"
+
+        def report(note: str) -> None:
+            if self.ranks.first:
+                self.keeping.progress.update(0, note)
+
+        return baseline_scores(cache, heldout, rows, sampler.scoring, sampler.scorer, self.ranks, report)
+
+
+def best_folder(checkpoints: Path, step: int) -> Path:
+    """Where the policy of the best held-out reward, after `step` steps, is kept."""
+    return checkpoints / f"best-{step:08d}"
+
+
+def micro_batch_tokens(config: Config) -> int:
+    """Padded tokens of one forward."""
+    train = config.train
+    return train.micro_batch_tokens or (train.micro_batch_size or train.batch_size) * train.seq_length
+
+
+def summary(done: Fit, best: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """The values that the stage records."""
+    return {
+        **done.figures(),
+        "beta": decoding_beta(config.ilql),
+        "reward_mean_first": best["first_reward"],
+        "reward_mean_last": best["last_reward"],
+        "reward_mean_best": best["best_reward"],
+        "best_step": best["best_step"],
+    }
+
+
+if __name__ == "__main__":
+    run_rank(main)
