@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -178,7 +179,10 @@ def training(run: RunDir, config: Config) -> Iterator[Trainer]:
     """The trainer of `pipeline.training.ppo`, put together in this process."""
     accelerator = ppo.start_accelerator(run, config)
     ranks = Ranks(accelerator.process_index, accelerator.num_processes, accelerator.device)
-    progress, stop = Progress(run.root / "progress", config.train.total_steps), StopRequest(run.stop_flag)
+    progress = Progress(run.root / "progress", config.train.total_steps)
+    handler = signal.getsignal(signal.SIGTERM)
+    stop = StopRequest(run.stop_flag)
+    signal.signal(signal.SIGTERM, handler)  # a benchmark that is told to end does not save first
     with contextlib.closing(RewardSource(run, config, run.checkpoints / "benchmark" / LEDGER, ranks)) as rewards:
         trainer, _ = ppo.assemble(run, config, accelerator, ranks, progress, stop, "benchmark", rewards)
         yield trainer

@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import venv
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -88,7 +89,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="rollouts of an optimiser step (default: 8)")
     parser.add_argument("--epochs", type=int, default=4, help="epochs of an iteration (default: 4)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each side (default: 2)")
-    parser.add_argument("--profile", type=Path, help="write a cProfile of this project's iterations to this file")
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        help="write a cProfile (CPU time of the main thread) of this project's iterations to this file",
+    )
     return parser.parse_args(argv)
 
 
@@ -99,7 +104,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[Report]]:
     with tempfile.TemporaryDirectory(prefix="hh-benchmark-") as folder, contextlib.ExitStack() as sides:
         root = Path(folder)
         rows, prompts = make_models(root, options)
-        profile = cProfile.Profile() if options.profile else None
+        profile = cProfile.Profile(time.thread_time) if options.profile else None
         takes_turns: dict[str, Callable[[], Report]] = {}
         if options.venv:
             python = peer_python(options.venv)

@@ -30,7 +30,7 @@ class TokenReward(torch.nn.Module):
         self.period = period
 
     def backbone(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_unused: Any) -> Any:
-        """"Hidden states" (B, T, 1): the mean over the tokens up to here."""
+        """ "Hidden states" (B, T, 1): the mean over the tokens up to here."""
         mask = attention_mask.float()
         worth = (input_ids % self.period).float() / self.period * mask
         means = worth.cumsum(dim=1) / mask.cumsum(dim=1).clamp(min=1.0)
