@@ -20,7 +20,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.config.load import check, dump, merge
+from pipeline.config.load import check, dump, merge, resolve
 from pipeline.config.schema import Config
 from pipeline.data.embedded import build_tokenizer
 from pipeline.data.preferences import Preference, write_jsonl
@@ -29,9 +29,11 @@ from pipeline.run import atomic
 from pipeline.run.directory import Artifact, Outputs, RunDir
 from pipeline.run.work import Progress
 from pipeline.training import ppo
+from pipeline.training.metrics import Row
 from pipeline.training.phase import Phases
 from pipeline.training.ranks import Ranks
 from pipeline.training.reward_source import LEDGER, RewardSource
+from pipeline.training.state import TrainState
 from pipeline.training.stop import StopRequest
 from pipeline.training.trainer import Trainer
 
@@ -143,11 +145,17 @@ def save_reward_model(
     config = shape.config(vocabulary, positions)
     config.num_labels = 1
     random_model(transformers.AutoModelForSequenceClassification, config, seed=1, **where).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def make_run(
-    root: Path, policy: Path, reward: Path, rows: Sequence[Preference], settings: Mapping[str, Any]
+    root: Path,
+    policy: Path,
+    reward: Path,
+    rows: Sequence[Preference],
+    settings: Mapping[str, Any],
+    overrides: Sequence[str] = (),
 ) -> tuple[RunDir, Config]:
     """A run that trains the model in `policy` on the prompts of `rows`, by PPO and without a tracker."""
     tree: dict[str, Any] = {
@@ -159,7 +167,7 @@ def make_run(
         "ppo": {"delta_reward": False},
         "generate": {"stop_sequences": []},
     }
-    config, run = check(merge(tree, settings)), RunDir(root)
+    config, run = resolve(merge(tree, settings), overrides), RunDir(root)
     atomic.write_text(run.config, dump(config))
     data = root / "stages/prefetch/out/data"
     for split, some in (("train", rows), ("test", rows[:2])):
@@ -190,8 +198,15 @@ def training(run: RunDir, config: Config) -> Iterator[Trainer]:
 
 def phases_of(trainer: Trainer, **changed: Any) -> Phases:
     """What runs the trainer's phases, with some of its parts changed."""
-    parts = {part.name: getattr(trainer, part.name) for part in dataclasses.fields(Phases) if part.init}
-    return Phases(**{**parts, **changed})
+    parts = {**vars(trainer), "folder": trainer.checkpoints.folder, **changed}
+    return Phases(**{part.name: parts[part.name] for part in dataclasses.fields(Phases)})
+
+
+def one_phase(phases: Phases, state: TrainState) -> tuple[TrainState, Row]:
+    """The next iteration: the state behind it, and what the trainer records of it."""
+    done = phases.run_phase(state)
+    assert done is not None, "nobody asked it to stop"
+    return done
 
 
 def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[Any]]:
@@ -225,6 +240,25 @@ def matmul_flops(device: str | torch.device, dtype: torch.dtype, times: int = 12
     size = 8192 if torch.device(device).type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / min(seconds(lambda: a @ b, device) for _ in range(times))
+
+
+def copy_bandwidth(device: str | torch.device, times: int = 12) -> float:
+    """Bytes a second that the best of several large copies reads and writes."""
+    size = 2**30 if torch.device(device).type == "cuda" else 2**26
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / min(seconds(lambda: target.copy_(source), device) for _ in range(times))
+
+
+def weights_of(auto: Any, config: Any) -> int:
+    """A model's parameters but for the embeddings of its input, which are looked up and not multiplied."""
+    model = random_model(auto, config, device="meta")
+    return sum(weight.numel() for weight in model.parameters()) - model.get_input_embeddings().weight.numel()
+
+
+def forward_flops(weights: int, layers: int, width: int, lengths: Sequence[int]) -> float:
+    """Operations that sequences' own tokens need: two a weight and token, and causal attention."""
+    return float(2 * weights * sum(lengths) + 2 * layers * width * sum(length**2 for length in lengths))
 
 
 def machine(device: str | torch.device = "cpu") -> str:

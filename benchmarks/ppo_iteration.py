@@ -37,6 +37,7 @@ from _common import (
     alternate,
     machine,
     make_run,
+    one_phase,
     phases_of,
     print_figures,
     print_table,
@@ -111,9 +112,10 @@ def measure(options: argparse.Namespace) -> dict[str, list[Report]]:
             takes_turns["TRL"] = sides.enter_context(trl_iterations(python, root, prompts, options))
         for work in options.work.split(","):
             takes_turns[work] = sides.enter_context(our_iterations(root / work, work, rows, options, profile))
-        print(f"{machine()}; shape {options.shape}; {len(rows)} prompts of {min(map(len, prompts))} to "
-              f"{max(map(len, prompts))} tokens (mean {statistics.mean(map(len, prompts)):.0f}), {options.new_tokens} "
-              f"new tokens, {options.epochs} epochs, batches of {options.batch_size}; {options.rounds} rounds")  # fmt: skip
+        lengths = [len(prompt) for prompt in prompts]
+        print(f"{machine()}; shape {options.shape}; {len(rows)} prompts of {min(lengths)} to {max(lengths)} tokens "
+              f"(mean {statistics.mean(lengths):.0f}), {options.new_tokens} new tokens, {options.epochs} epochs, "
+              f"batches of {options.batch_size}; {options.rounds} rounds", flush=True)  # fmt: skip
         reports = alternate(takes_turns, options.rounds)
     if profile is not None:
         pstats.Stats(profile).dump_stats(options.profile)
@@ -213,11 +215,9 @@ def our_iterations(
             nonlocal state
             if profile is not None:
                 profile.enable()
-            done = phases.run_phase(state)
+            state, row = one_phase(phases, state)
             if profile is not None:
                 profile.disable()
-            assert done is not None, "nobody asked it to stop"
-            state, row = done
             return {
                 "seconds": row["time/phase"],
                 "generate": row["time/rollout_generate"],

@@ -9,7 +9,6 @@ as there are processes.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import statistics
@@ -136,5 +135,4 @@ def show(launches: dict[int, list[Rows]], options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        run_command(main)
+    run_command(main)

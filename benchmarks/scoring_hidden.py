@@ -24,6 +24,7 @@ from _common import (
     alternate,
     machine,
     make_run,
+    one_phase,
     phases_of,
     print_figures,
     print_table,
@@ -128,9 +129,7 @@ def iterations(trainer: Trainer, tick: Callable[[], Any], **changed: Any) -> Cal
     def iteration() -> Row:
         nonlocal state
         tick()
-        done = phases.run_phase(state)
-        assert done is not None, "nobody asked it to stop"
-        state, row = done
+        state, row = one_phase(phases, state)
         return row
 
     return iteration

@@ -21,7 +21,7 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 
 class TokenReward(torch.nn.Module):
-    """ppo_iteration.token_reward as TRL wants a reward model: its `score` at a token is the reward of the text so far."""
+    """ppo_iteration.token_reward as TRL wants a reward model: `score` at a token is the reward of the text so far."""
 
     base_model_prefix = "backbone"
 
