@@ -66,7 +66,7 @@ PEAKS = {
     "A100": (312e12, 1.555e12),
     "L40S": (362e12, 0.864e12),
 }
-"""Dense bf16 operations a second and bytes a second by their makers' data sheets; the first part of a name that fits."""
+"""Dense bf16 operations and bytes a second by the makers' data sheets; the first name that is part of the device's."""
 LEAST_MEMORY = 60 * 2**30
 """Bytes of a GPU for the shape gptj-6b."""
 
@@ -294,8 +294,8 @@ def peak_rss() -> int:
 
 def show(report: dict[str, Any], options: argparse.Namespace) -> None:
     """What the device can do, then each figure beside its aim."""
-    print(f"{report['device']}; {report['dtype']}; shape {options.shape}, {options.unfrozen} layers trained; prompts of "
-          f"{options.prompt_tokens} and answers of {options.new_tokens} tokens, {options.rollouts} rollouts, "
+    print(f"{report['device']}; {report['dtype']}; shape {options.shape}, {options.unfrozen} layers trained; prompts "
+          f"of {options.prompt_tokens} and answers of {options.new_tokens} tokens, {options.rollouts} rollouts, "
           f"{options.epochs} epochs, batches of {options.batch_size}; {options.rounds} rounds")  # fmt: skip
     peaks = [["measured", f"{report['matmul_flops'] / 1e12:.2f}", f"{report['copy_bytes_per_second'] / 1e12:.3f}"]]
     if "table_flops" in report:
