@@ -114,9 +114,11 @@ def test_the_first_minibatch_of_every_phase_finds_nothing_changed(uninterrupted:
 
 
 def test_a_user_error_ends_all_ranks_with_status_2(tmp_path: Path) -> None:
-    run = make_run(tmp_path, tiny_config(model={"path": "embedded", "num_layers_unfrozen": 3}))
+    run = make_run(tmp_path, tiny_config(model={"path": "embedded", "num_layers_unfrozen": 4}))
     out = tmp_path / "out"
     process = launch(run, out)
     assert process.wait(60) == 2
     log = (out / "log").read_text()
-    assert log.count("error: model.num_layers_unfrozen: 3 is not supported by PPO yet") == 1, log  # not once a rank
+    assert log.count("error: model.num_layers_unfrozen: 4 does not fit the model's 3 layers") == 1, (
+        log
+    )  # not once a rank

@@ -35,8 +35,8 @@ def rollouts(split: Split) -> list[Response]:
     return decode(split, PROMPTS, generate, StopSequences(tokenizer(), []), end, torch.Generator().manual_seed(0))
 
 
-def phase(split: Split, micro: int) -> tuple[Policy, list[Response], Any, Experience]:
-    policy = Policy(split.top, split.hidden_size, seed=1)
+def phase(split: Split, micro: int, policy: Policy | None = None) -> tuple[Policy, list[Response], Any, Experience]:
+    policy = policy or Policy(split.top, split.hidden_size, seed=1)
     reference = frozen_reference(split)
     responses = rollouts(split)
     plans = plan_phase([len(response.tokens) for response in responses], PPO_SETTINGS, 4, micro, 1, 0, 0)

@@ -106,16 +106,16 @@ def _check_model(config: Config) -> None:
 
 
 def _check_layers(unfrozen: int, size: ModelSize) -> None:
-    """PPO trains the top of a split model: at least one layer, and at least one stays frozen below."""
-    if unfrozen < 1:
+    """A number of top layers, at most as many as the model has, or -1 for the whole model."""
+    if unfrozen == 0:
         raise ValueError(
-            f"model.num_layers_unfrozen: {unfrozen} is not supported: PPO trains a number of top layers and keeps "
-            "those below frozen; give 1 or more"
+            "model.num_layers_unfrozen: 0 leaves nothing to train; give the number of top layers, or -1 for all of "
+            "the model"
         )
-    if size.layers is not None and unfrozen >= size.layers:
+    if size.layers is not None and unfrozen > size.layers:
         raise ValueError(
-            f"model.num_layers_unfrozen: {unfrozen} leaves none of the model's {size.layers} layers "
-            f"({size.layers_from}) frozen, which PPO does not support; give at most {size.layers - 1}"
+            f"model.num_layers_unfrozen: {unfrozen} is more than the model's {size.layers} layers "
+            f"({size.layers_from}); give at most {size.layers}, or -1 for all of the model"
         )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import yaml
+
 from pipeline.errors import UserError, nearest
 from pipeline.network import free_port
 from pipeline.resources import resource_dir, resource_names
@@ -50,6 +52,19 @@ def accelerate_config(name: str, gpus: int) -> Path:
             f"train.accelerate_config: unknown name '{name}'{nearest(name, names)}; there are: {', '.join(names)}"
         )
     return resource_dir("accelerate") / f"{name}.yaml"
+
+
+def precision_of(config_file: Path) -> str:
+    """The arithmetic that an accelerate config file asks for: no, bf16 or fp16."""
+    try:
+        raw = yaml.safe_load(config_file.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{config_file}: cannot be read ({' '.join(str(error).split())}); restore it") from error
+    found = raw.get("mixed_precision", "no") if isinstance(raw, dict) else None
+    precision = "no" if found is False else str(found)  # YAML takes a bare no for false
+    if precision not in {"no", "bf16", "fp16"}:
+        raise UserError(f"{config_file}: mixed_precision: {found} is not supported; give 'no', bf16 or fp16")
+    return precision
 
 
 def thread_environment(work: Work, processes: int) -> dict[str, str]:

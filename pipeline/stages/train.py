@@ -8,7 +8,7 @@ from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.run.sources import EMBEDDED
 from pipeline.stages.base import Context, Stage, Work, model_identity, number, tokenizer_identity
-from pipeline.stages.launch import accelerate_config, launch_command, thread_environment
+from pipeline.stages.launch import accelerate_config, launch_command, precision_of, thread_environment
 
 _NOT_IN_RESULT = {"tracker", "project_name", "keep_checkpoints", "checkpoint_interval"}
 
@@ -21,6 +21,7 @@ class Train(Stage):
         settings: dict[str, Any] = {
             "seed": config.seed,
             "num_layers_unfrozen": config.model.num_layers_unfrozen,
+            "lora": config.model.lora.model_dump(mode="json"),
             "train": config.train.model_dump(mode="json", exclude=_NOT_IN_RESULT),
             "serving_max_length": config.serving.max_length,
         }
@@ -40,8 +41,8 @@ class Train(Stage):
 
     def command(self, work: Work) -> list[str]:
         config_file = accelerate_config(work.config.train.accelerate_config, len(work.devices))
-        precision = "bf16" if work.devices else "no"
-        return launch_command("pipeline.training.ppo", work, num_processes(work), config_file, precision)
+        processes = num_processes(work)
+        return launch_command("pipeline.training.ppo", work, processes, config_file, precision_of(config_file))
 
     def environment(self, work: Work) -> dict[str, str]:
         return thread_environment(work, num_processes(work))

@@ -130,7 +130,7 @@ class _Batch:
         self._next_position = lengths.to(device)  # (b,)
         starts = (self._width - lengths).tolist()
         self._prompt_states = {row: states[i, starts[i] :] for i, row in enumerate(self.rows)}
-        self._step_states = states.new_empty(len(self._prompts), self._limit, states.shape[-1])  # (B, R, H)
+        self._step_states = states.new_empty(len(self._prompts), self._limit, *states.shape[2:])  # (B, R, H)
         return self._logits(states, positions)
 
     def step(self, step: int) -> Tensor:  # (b, V)

@@ -20,13 +20,15 @@ class MicroBatch:
     """Rows for one forward, right-padded, and where their sampled tokens are."""
 
     states: Tensor
-    """(B, T, H): hidden states at the cut, zeros behind each row's end."""
+    """(B, T, H): hidden states at the cut, zeros behind each row's end; ids (B, T) where there is no trunk."""
     index: Tensor
     """(n,): places in B*T whose hidden state predicts a sampled token."""
     targets: Tensor
     """(n,): the sampled ids."""
     packed: Tensor
     """(n,): the tokens' places in the phase's packed tensors."""
+    ids: Tensor
+    """(B, T): the ids at the states' positions, zeros behind each row's end."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ def collate(responses: Sequence[Response], rows: Sequence[int], packing: Packing
         index.append(torch.arange(first, first + len(response.tokens)))
         packed.append(torch.arange(offsets[row], offsets[row] + len(response.tokens)))
     targets = torch.tensor([token for response in chosen for token in response.tokens])
-    return MicroBatch(states, torch.cat(index).to(device), targets.to(device), torch.cat(packed).to(device))
+    rows_of_ids = [torch.tensor(response.prompt + response.tokens[:-1]) for response in chosen]
+    ids = pad_sequence(rows_of_ids, batch_first=True).to(device)  # (B, T)
+    return MicroBatch(states, torch.cat(index).to(device), targets.to(device), torch.cat(packed).to(device), ids)
 
 
 Minibatch = list[list[int]]

@@ -48,7 +48,8 @@ class Phases:
         self.sampler.scorer.traffic()  # an evaluation's is not this phase's
         config, ppo, ranks = self.config, self.config.ppo, self.ranks
         rows = phase_prompts(state.phase, ranks.rank, ranks.world, ppo.num_rollouts, len(self.data.train), config.seed)
-        responses, pending = self.sample(rows, state.phase)
+        with self.sampler.whole_weights():
+            responses, pending = self.sample(rows, state.phase)
         if ranks.any(bool(self.stop)):
             return None
         sampled = time.monotonic()

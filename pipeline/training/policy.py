@@ -1,4 +1,4 @@
-"""What PPO trains: the top of the language model and a value head on its last hidden state."""
+"""What PPO trains: the top of the language model, and a value head on its last hidden state or a critic beside it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.training.critic import Critic
 from pipeline.training.split import Top
 
 
@@ -24,23 +25,34 @@ class Policy(nn.Module):
     Everything happens in `forward`, so that a data-parallel wrapper sees it.
     """
 
-    def __init__(self, top: Top, hidden_size: int, seed: int) -> None:
+    def __init__(self, top: Top, hidden_size: int, seed: int, critic: Critic | None = None) -> None:
         super().__init__()
         self.top = top
-        self.value = value_head(hidden_size, seed)
+        self.critic = critic
+        self.value = value_head(hidden_size, seed) if critic is None else None
 
     def forward(
         self,
-        states: Tensor,  # (B, T, H), zeros behind each row's end
+        states: Tensor,  # (B, T, H), zeros behind each row's end; ids (B, T) where there is no trunk
         index: Tensor,  # (n,) places in B*T whose hidden state predicts a sampled token
         targets: Tensor,  # (n,) the sampled ids
         temperature: float,
         with_entropy: bool = False,
+        ids: Tensor | None = None,  # (B, T), of the same positions; what a critic of its own reads
     ) -> TokenOutputs:
         """Rows start at position 0 and are padded on the right, so causality alone hides the padding."""
         hidden = self.top.part(states).flatten(0, 1)[index]  # (n, H): only these meet the vocabulary
         logprobs, entropy = token_logprobs(self.top.head(hidden), targets, temperature, with_entropy)
-        return TokenOutputs(logprobs, self.value(hidden).squeeze(-1).float(), entropy)
+        return TokenOutputs(logprobs, self._values(hidden, ids, index), entropy)
+
+    def _values(self, hidden: Tensor, ids: Tensor | None, index: Tensor) -> Tensor:
+        """Values (n,), from the policy's last hidden states (n, H) or from the critic."""
+        if self.critic is not None:
+            values: Tensor = self.critic(ids, index)
+        else:
+            assert self.value is not None
+            values = self.value(hidden).squeeze(-1).float()
+        return values
 
 
 def value_head(hidden_size: int, seed: int) -> nn.Sequential:

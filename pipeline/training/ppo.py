@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,8 @@ from pipeline.procs import die_with_parent
 if __name__ == "__main__":
     die_with_parent()  # before the imports below, which take seconds
 
-import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 
 from pipeline.config.schema import Config
 from pipeline.data.preferences import read_split
@@ -30,18 +29,20 @@ from pipeline.run import atomic, hashing, sources
 from pipeline.run.directory import RunDir
 from pipeline.run.work import Progress, parse_work, write_result
 from pipeline.serving.model_store import reward_folder
+from pipeline.training.assemble import load_policy, mean_baseline, prepare, save_policy
 from pipeline.training.baselines import baseline_scores
 from pipeline.training.checkpoint import Checkpoints
-from pipeline.training.models import check_positions, disable_dropout, load_causal_lm, save_model
-from pipeline.training.policy import Policy
-from pipeline.training.prompts import all_prompts, derive_seed
+from pipeline.training.critic import check_vocabulary, load_critic
+from pipeline.training.distributed import whole_weights
+from pipeline.training.models import check_positions
+from pipeline.training.prompts import all_prompts
 from pipeline.training.ranks import Ranks, make_accelerator
 from pipeline.training.report_once import run_rank
 from pipeline.training.reward_source import LEDGER, RewardSource
 from pipeline.training.rollout import Sampler
 from pipeline.training.schedule import learning_rate
 from pipeline.training.scoring_text import ScoringText
-from pipeline.training.split import Split, frozen_reference, split_model
+from pipeline.training.split import Split
 from pipeline.training.state import Data, TrainState, steps_per_phase
 from pipeline.training.stop import EX_TEMPFAIL, STOPPED, StopRequest
 from pipeline.training.stopping import StopSequences
@@ -108,14 +109,16 @@ def assemble(
     tokenizer_folder = sources.tokenizer_path(run, config, start)
     tokenizer = load_tokenizer(tokenizer_folder)
     rewards_from = reward_folder(run, config)
-    split = load_split(start, config, accelerator)
-    reference = frozen_reference(split)
-    policy, optimizer = prepare(split, reference, config, accelerator)
+    same_ids = same_vocabulary(tokenizer_folder, rewards_from)
+    if config.ppo.critic == "model":
+        check_vocabulary(same_ids, rewards_from)
+        check_positions(rewards_from, "train.seq_length", config.train.seq_length)
+    split, reference = load_policy(start, config, accelerator)
     stops = StopSequences(tokenizer, config.generate.stop_sequences)
     scoring = ScoringText(
         policy=tokenizer,
         reward=load_tokenizer(rewards_from),
-        same_vocabulary=same_vocabulary(tokenizer_folder, rewards_from),
+        same_vocabulary=same_ids,
         stops=stops,
         max_length=config.serving.max_length,
     )
@@ -124,6 +127,11 @@ def assemble(
     sampler = Sampler(split, tokenizer, scoring, scorer, config.generate, config.prompt_length, accelerator.autocast)
     rescore = functools.partial(load_data, run, config, ranks=ranks, progress=progress)
     data = rescore(sampler)
+    critic = None
+    if config.ppo.critic == "model":
+        critic = load_critic(rewards_from, split.device, bias=-mean_baseline(data))
+    policy, optimizer = prepare(split, reference, config, accelerator, critic)
+    sampler = replace(sampler, whole_weights=whole_weights(accelerator, policy))
     total = config.train.total_steps
     updater = Updater(
         accelerator,
@@ -159,43 +167,6 @@ def manual_fingerprint(run: RunDir, config: Config) -> str:
     return f"manual-{hashing.fingerprint([settings, inputs])}"
 
 
-def load_split(path: Path, config: Config, accelerator: Accelerator) -> Split:
-    """The causal language model at `path` on this process's device, without dropout, split for PPO.
-
-    The trained weights are float32. In mixed precision the frozen ones are bf16, and so is what they say.
-    """
-    model = load_causal_lm(path, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32)
-    disable_dropout(model)
-    split = split_model(model.to(accelerator.device), config.model.num_layers_unfrozen)
-    for parameter in split.top.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return split
-
-
-def prepare(split: Split, reference: torch.nn.Module, config: Config, accelerator: Accelerator) -> tuple[Any, Any]:
-    """The trainable part and its optimiser, as accelerate wraps them.
-
-    Under data parallelism the trained weights stay float32, and autocast rounds them as it rounds the reference's.
-    DeepSpeed turns them to bf16 and keeps float32 masters, so its reference must be bf16 as well.
-    """
-    policy = Policy(split.top, split.hidden_size, derive_seed(config.seed, "value head")).to(split.device)
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    settings = config.optimizer
-    optimizer = torch.optim.AdamW(
-        trained, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
-    )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        plugin = accelerator.state.deepspeed_plugin.deepspeed_config
-        plugin["train_micro_batch_size_per_gpu"] = config.train.micro_batch_size or config.train.batch_size
-        plugin["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps
-        plugin["gradient_clipping"] = settings.max_grad_norm
-        if accelerator.mixed_precision == "bf16":
-            reference.to(torch.bfloat16)
-    prepared, optimizer = accelerator.prepare(policy, optimizer)
-    return prepared, optimizer
-
-
 def load_data(run: RunDir, config: Config, sampler: Sampler, ranks: Ranks, progress: Progress) -> Data:
     """Prompts, and the baselines of all that this training will use."""
     train, heldout = read_split(run, "train"), read_split(run, "test")[: config.train.eval_prompts]
@@ -222,14 +193,6 @@ def start_accelerator(run: RunDir, config: Config) -> Accelerator:
     """The Accelerator; its tracker is yet to be started."""
     accumulation = -(-config.train.batch_size // (config.train.micro_batch_size or config.train.batch_size))
     return make_accelerator(accumulation, tracker_of(config), run.tracker)
-
-
-def save_policy(split: Split, tokenizer: Any, folder: Path, accelerator: Accelerator, ranks: Ranks) -> None:
-    """Write the whole model, which the trained top is a part of, as safetensors in one dtype, with its tokenizer."""
-    if ranks.first:
-        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-        save_model(split.whole.to(dtype), tokenizer, folder)
-    ranks.barrier()
 
 
 def summary(state: TrainState) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
+from transformers.integrations import unset_hf_deepspeed_config
 
 PATIENCE = timedelta(hours=2)
 """How long a rank waits for the others: they may be scoring baselines, or waiting for a reward server to return."""
@@ -63,10 +64,14 @@ def make_accelerator(accumulation: int, tracker: str | None = None, folder: Path
     """The Accelerator of a PPO process: NCCL on GPUs, gloo on CPUs, DeepSpeed where the launcher's config says so."""
     on_cpu = not torch.cuda.is_available()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    if deepspeed and on_cpu:
+        _deepspeed_on_cpu()
+    # What the launcher took from its config file would count for more than the argument below.
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if "RANK" in os.environ:  # else there is no launcher, and accelerate must not look for a process group
         handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=PATIENCE))
-    return Accelerator(
+    accelerator = Accelerator(
         # With DeepSpeed accelerate must not be told of the CPU, or it forgets DeepSpeed.
         cpu=on_cpu and not deepspeed,
         gradient_accumulation_steps=accumulation,
@@ -74,3 +79,16 @@ def make_accelerator(accumulation: int, tracker: str | None = None, folder: Path
         project_dir=folder,
         kwargs_handlers=handlers,
     )
+    if deepspeed:
+        # Else transformers would shard whatever is loaded from here on, under ZeRO-3; we shard what is trained.
+        unset_hf_deepspeed_config()
+    return accelerator
+
+
+def _deepspeed_on_cpu() -> None:
+    """Without a GPU, DeepSpeed is to use the CPU, and without its own reduction, which takes a compiler and which
+    training does not use."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

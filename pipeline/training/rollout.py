@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -69,6 +69,8 @@ class Sampler:
     prompt_length: int
     """A longer prompt loses its beginning."""
     autocast: Callable[[], AbstractContextManager[None]]
+    whole_weights: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Around all sampling of a phase or an evaluation; every rank enters it, and at the same time."""
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """The ids that a response is sampled behind."""

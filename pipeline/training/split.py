@@ -3,7 +3,8 @@
 The lower part (the trunk: embeddings and layers[:L-k]) is frozen by PPO, so its output at the cut is computed once
 per token and kept; the policy, the reference and the value function are only tops over it (layers[L-k:], final norm,
 language-model head). Both parts hold the very Parameter objects of the whole model: training the top trains the
-model, which is then saved as it was loaded.
+model, which is then saved as it was loaded. Where every layer is trained there is no trunk: what is kept of a token is
+its id, and the top is the whole model.
 
 The parts are shallow copies of the model's own modules, so each architecture's forward stays Hugging Face's.
 """
@@ -76,8 +77,26 @@ class Part(nn.Module):
         return DynamicCache(config=self.body.config)
 
 
+class NoTrunk(nn.Module):
+    """The trunk of a model that is trained whole: ids are what enters the top."""
+
+    def forward(
+        self,
+        inputs: Tensor,  # (B, T) ids
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: DynamicCache | None = None,
+    ) -> Tensor:  # (B, T) ids
+        """The ids as they are."""
+        return inputs
+
+    def new_cache(self) -> DynamicCache:
+        """A cache without layers."""
+        return DynamicCache()
+
+
 class Top(nn.Module):
-    """layers[L-k:], the final norm and the language-model head."""
+    """layers[L-k:], the final norm and the language-model head; the whole model where all layers are trained."""
 
     def __init__(self, part: Part, head: nn.Module) -> None:
         super().__init__()
@@ -85,7 +104,7 @@ class Top(nn.Module):
         self.head = head
 
     def forward(self, states: Tensor, *arguments: Any, **named: Any) -> Tensor:
-        """Logits (B, T, V) at every position of the cut's hidden states (B, T, H)."""
+        """Logits (B, T, V) at every position of the cut's states: hidden states (B, T, H), or ids (B, T)."""
         logits: Tensor = self.head(self.part(states, *arguments, **named))
         return logits
 
@@ -95,10 +114,10 @@ class Split:
     """A model in two parts that share its weights."""
 
     whole: PreTrainedModel
-    trunk: Part
+    trunk: Part | NoTrunk
     top: Top
     tied: bool
-    """Whether the head is the input embedding; it is then frozen with it."""
+    """Whether the head is the input embedding; it is then frozen, or trained, with it."""
 
     @property
     def device(self) -> torch.device:
@@ -117,8 +136,9 @@ class Split:
 def split_model(model: PreTrainedModel, layers_unfrozen: int) -> Split:
     """Split `model` below its top `layers_unfrozen` layers; freeze the trunk, leave the top trainable.
 
-    The model must be on its device already: buffers are shared as they are. UserError for an architecture that is
-    not known, or a number of layers that leaves no trunk.
+    With as many as the model has, all layers are trained and the embeddings are not; -1 trains these too. Both leave
+    no trunk. The model must be on its device already: buffers are shared as they are. UserError for an architecture
+    that is not known, or a number of layers that the model does not have.
     """
     kind = str(model.config.model_type)
     layout = _LAYOUTS.get(kind)
@@ -126,43 +146,59 @@ def split_model(model: PreTrainedModel, layers_unfrozen: int) -> Split:
         raise UserError(f"model.path: PPO does not know the architecture '{kind}'; it knows: {', '.join(_LAYOUTS)}")
     base = model.base_model
     layers = list(getattr(base, layout.layers))
-    if not 1 <= layers_unfrozen < len(layers):
+    if layers_unfrozen != -1 and not 1 <= layers_unfrozen <= len(layers):
         raise UserError(
-            f"model.num_layers_unfrozen: {layers_unfrozen} is not supported by PPO yet; "
-            f"give 1 to {len(layers) - 1}, fewer than the model's {len(layers)} layers"
+            f"model.num_layers_unfrozen: {layers_unfrozen} does not fit the model's {len(layers)} layers; "
+            f"give 1 to {len(layers)}, or -1 for all of them and the embeddings"
         )
-    cut = len(layers) - layers_unfrozen
-
-    lower = _alias(base)
-    lower.config = _config_of_layers(model.config, 0, cut)
-    setattr(lower, layout.layers, nn.ModuleList(layers[:cut]))
-    setattr(lower, layout.norm, nn.Identity())
-
-    upper = _alias(base)
-    upper.config = _config_of_layers(model.config, cut, len(layers))
-    setattr(upper, layout.layers, nn.ModuleList(_renumber(layer, i) for i, layer in enumerate(layers[cut:])))
-    for name in layout.embeddings:
-        setattr(upper, name, None)
-    if layout.dropout:
-        setattr(upper, layout.dropout, nn.Identity())
-    if layout.positions:
-        setattr(upper, layout.positions, _NoPositions())
-
-    head = _alias_tree(model.get_output_embeddings())
+    cut = 0 if layers_unfrozen == -1 else len(layers) - layers_unfrozen
+    head = alias_tree(model.get_output_embeddings())
     tied = head.weight is model.get_input_embeddings().weight
-    top = Top(Part(upper, takes_ids=False), head)
-    _unregister_buffers(top)
+    top = Top(_upper(base, layout, cut), head)
+    unregister_buffers(top)
     model.requires_grad_(False)
     top.requires_grad_(True)
-    if tied:
-        head.requires_grad_(False)
+    if layers_unfrozen != -1:
+        for name in (*layout.embeddings, layout.positions):
+            if name:
+                getattr(base, name).requires_grad_(False)  # a tied head is the same weight
     model.eval()
-    return Split(model, Part(lower, takes_ids=True).eval(), top.eval(), tied)
+    trunk = _lower(base, layout, cut) if cut else NoTrunk()
+    return Split(model, trunk.eval(), top.eval(), tied)
 
 
-def frozen_reference(split: Split) -> Top:
-    """A frozen copy of the top as it is now; a tied head, which never changes, is shared."""
-    memo = {id(parameter): parameter for parameter in split.top.head.parameters()} if split.tied else {}
+def _lower(base: nn.Module, layout: _Layout, cut: int) -> Part:
+    """Embeddings and layers[:cut], without the final norm."""
+    body = _alias(base)
+    body.config = _config_of_layers(body.config, 0, cut)
+    setattr(body, layout.layers, nn.ModuleList(list(getattr(base, layout.layers))[:cut]))
+    setattr(body, layout.norm, nn.Identity())
+    return Part(body, takes_ids=True)
+
+
+def _upper(base: nn.Module, layout: _Layout, cut: int) -> Part:
+    """layers[cut:] and the final norm; with the embeddings where nothing lies below."""
+    body = _alias(base)
+    layers = list(getattr(base, layout.layers))
+    body.config = _config_of_layers(body.config, cut, len(layers))
+    setattr(body, layout.layers, nn.ModuleList(_renumber(layer, i) for i, layer in enumerate(layers[cut:])))
+    if not cut:
+        return Part(body, takes_ids=True)
+    for name in layout.embeddings:
+        setattr(body, name, None)
+    if layout.dropout:
+        setattr(body, layout.dropout, nn.Identity())
+    if layout.positions:
+        setattr(body, layout.positions, _NoPositions())
+    return Part(body, takes_ids=False)
+
+
+def frozen_reference(split: Split, share: bool = True) -> Top:
+    """A frozen copy of the top as it is now: the whole model where all of it is trained.
+
+    What never changes (a tied head, embeddings) is shared, unless `share` is off.
+    """
+    memo = {id(weight): weight for weight in split.top.parameters() if share and not weight.requires_grad}
     return copy.deepcopy(split.top, memo).requires_grad_(False)
 
 
@@ -174,40 +210,44 @@ class _NoPositions(nn.Module):
 
 
 def _alias(module: nn.Module) -> Any:
-    """A copy of `module` that shares its parameters, buffers and children, but not the tables that name them."""
+    """A copy of `module` that shares its parameters, buffers and children, but not the tables that name them.
+
+    Nor the tables of hooks: what a wrapper of the one hangs into it is not called by the other.
+    """
     twin = copy.copy(module)
-    for table in ("_parameters", "_buffers", "_modules"):
-        twin.__dict__[table] = dict(module.__dict__[table])
+    for name, table in module.__dict__.items():
+        if name in ("_parameters", "_buffers", "_modules") or "_hooks" in name:
+            twin.__dict__[name] = copy.copy(table)
     return twin
 
 
-def _alias_tree(module: nn.Module) -> Any:
+def alias_tree(module: nn.Module) -> Any:
     """`_alias`, with the children aliased too."""
     twin = _alias(module)
     for name, child in module.named_children():
-        twin._modules[name] = _alias_tree(child)
+        twin._modules[name] = alias_tree(child)
     return twin
 
 
 def _renumber(layer: nn.Module, index: int) -> nn.Module:
     """An alias of `layer` that keeps its keys and values at place `index` of a cache."""
-    twin: nn.Module = _alias_tree(layer)
+    twin: nn.Module = alias_tree(layer)
     for module in twin.modules():
         if hasattr(module, "layer_idx"):
             module.__dict__["layer_idx"] = index
     return twin
 
 
-def _unregister_buffers(module: nn.Module) -> None:
+def unregister_buffers(module: nn.Module) -> None:
     """Make buffers plain attributes: rotary tables must stay float32 when DeepSpeed casts the top to bf16."""
     for name, child in list(module.named_children()):
         if not list(child.parameters()) and list(child.buffers()):
-            twin = _alias_tree(child)
-            _unregister_buffers(twin)
+            twin = alias_tree(child)
+            unregister_buffers(twin)
             del module._modules[name]
             module.__dict__[name] = twin
         else:
-            _unregister_buffers(child)
+            unregister_buffers(child)
     for name, buffer in list(module._buffers.items()):
         del module._buffers[name]
         module.__dict__[name] = buffer

@@ -108,7 +108,8 @@ class Trainer:
         started = time.monotonic()
         chunk, seed = self.config.ppo.chunk_size, self.config.seed
         row: Row = {"step": state.step}
-        row |= heldout_reward(self.sampler, self.data.heldout, self.data.heldout_baselines, chunk, seed, self.ranks)
+        with self.sampler.whole_weights():
+            row |= heldout_reward(self.sampler, self.data.heldout, self.data.heldout_baselines, chunk, seed, self.ranks)
         row["time/evaluate"] = time.monotonic() - started
         self._record(row)
         reward = row["reward/mean"]

@@ -70,7 +70,7 @@ def experience(
     for minibatch in first_epoch:
         for rows in minibatch:
             batch = collate(responses, rows, packing)
-            outputs = policy(batch.states, batch.index, batch.targets, temperature, with_entropy=True)
+            outputs = policy(batch.states, batch.index, batch.targets, temperature, with_entropy=True, ids=batch.ids)
             logprobs[batch.packed] = outputs.logprobs
             values[batch.packed] = outputs.values
             entropy[batch.packed] = outputs.entropy

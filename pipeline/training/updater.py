@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.config.methods import PPO
 from pipeline.errors import UserError
+from pipeline.training.distributed import backward, was_skipped
 from pipeline.training.experience import Minibatch, collate
 from pipeline.training.losses import STATISTICS, ppo_loss
 from pipeline.training.ranks import Ranks
@@ -31,6 +32,8 @@ class Updater:
     temperature: float
     max_grad_norm: float
     rate: Callable[[int], float]
+    _skipped: int = 0
+    """Steps that fp16's loss scaling left out; their norm counts as 0."""
 
     def run(
         self, exp: Experience, targets: Targets, plans: Sequence[Sequence[Minibatch]], step: int, last_step: int
@@ -61,6 +64,7 @@ class Updater:
         row["losses/total_loss"] = row["losses/policy_loss"] + self.ppo.vf_coef * row["losses/value_loss"]
         row["policy/approx_kl_first"] = means[0, 2].item()
         row["ratio_first"] = means[0, 4].item()
+        row["skipped_steps"], self._skipped = self._skipped, 0
         row["grad_norm"] = sum(norms) / len(norms)
         row["learning_rate_group_0"] = self.rate(step - 1)
         return step, row
@@ -73,7 +77,7 @@ class Updater:
         for rows in minibatch:
             with self.accelerator.accumulate(self.policy):
                 batch = collate(exp.responses, rows, exp.packing)
-                outputs = self.policy(batch.states, batch.index, batch.targets, self.temperature)
+                outputs = self.policy(batch.states, batch.index, batch.targets, self.temperature, ids=batch.ids)
                 loss = ppo_loss(
                     outputs.logprobs,
                     outputs.values,
@@ -85,15 +89,17 @@ class Updater:
                     self.ppo.cliprange_value,
                 )
                 total = (loss.policy + self.ppo.vf_coef * loss.value) * (undo_means / tokens)
-                self.accelerator.backward(total)
+                backward(self.accelerator, total)
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
                     self._norm = float(norm) if norm is not None else 0.0
                 self.optimizer.step()
                 self.optimizer.zero_grad()
+            if self.accelerator.sync_gradients and was_skipped(self.accelerator, self.optimizer):
+                self._norm, self._skipped = 0.0, self._skipped + 1
             sums += torch.cat([torch.stack([loss.policy.detach(), loss.value.detach()]).double(), loss.statistics])
         return sums
 
     def _set_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate", 1.0)
