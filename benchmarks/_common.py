@@ -204,9 +204,12 @@ def phases_of(trainer: Trainer, **changed: Any) -> Phases:
 
 def one_phase(phases: Phases, state: TrainState) -> tuple[TrainState, Row]:
     """The next iteration: the state behind it, and what the trainer records of it."""
-    done = phases.run_phase(state)
-    assert done is not None, "nobody asked it to stop"
-    return done
+    if hasattr(phases, "run_phase"):
+        return phases.run_phase(state)  # type: ignore[no-any-return]
+    phase = phases.begin(state)
+    assert phase is not None, "nobody asked it to stop"
+    phases.advance(phase, lambda _step: False)
+    return phases.finish(phase)
 
 
 def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[Any]]:
@@ -275,9 +278,9 @@ Figure = tuple[str, Sequence[float], str]
 
 def print_figures(figures: Sequence[Figure]) -> None:
     """Median and range of each figure beside its aim."""
-    print(f"\n{'figure':<44}{'median':>9}{'min':>9}{'max':>9}   aim")
+    print(f"\n{'figure':<44}{'median':>11}{'min':>11}{'max':>11}   aim")
     for name, values, aim in figures:
-        print(f"{name:<44}{statistics.median(values):>9.3f}{min(values):>9.3f}{max(values):>9.3f}   {aim}")
+        print(f"{name:<44}{statistics.median(values):>11.3f}{min(values):>11.3f}{max(values):>11.3f}   {aim}".rstrip())
 
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -41,9 +41,11 @@ def test_every_script_says_what_it_does(name: str, capsys: pytest.CaptureFixture
 
 def test_an_iteration_samples_all_tokens_whatever_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
     iteration = script("ppo_iteration")
-    options = ["--shape", "tiny", "--batch-size", "2", "--epochs", "2", "--threads", "1", "--work", "top", *SMALL]
+    options = ["--shape", "tiny", "--batch-size", "2", "--epochs", "2", "--threads", "1", *SMALL]
     reports = iteration.measure(iteration.parse(options))
-    assert [one["tokens"] for one in reports["top"]] == [4 * 6]
+    assert {work: [one["tokens"] for one in several] for work, several in reports.items()} == {
+        work: [4 * 6] for work in ("top", "critic", "all")
+    }
     assert 0 < reports["top"][0]["score"] < 1
     iteration.show({"TRL": [{**reports["top"][0], "seconds": 10 * reports["top"][0]["seconds"]}], **reports})
     assert "10.000" in capsys.readouterr().out
