@@ -88,6 +88,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens of an answer (default: 128)")
     parser.add_argument("--seq-length", type=int, default=512, help="tokens of the longest dialogue (default: 512)")
     parser.add_argument("--batch-size", type=int, default=8, help="rollouts of an optimiser step (default: 8)")
+    parser.add_argument(
+        "--micro-tokens", type=int, default=1024, help="of a forward here (default: 1024); TRL has none"
+    )
     parser.add_argument("--epochs", type=int, default=4, help="epochs of an iteration (default: 4)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each side (default: 2)")
     parser.add_argument(
@@ -198,7 +201,11 @@ def our_iterations(
     """Gives the next iteration of this project's trainer."""
     settings: dict[str, Any] = {
         "seed": SEED,
-        "train": {"seq_length": options.seq_length, "batch_size": options.batch_size},
+        "train": {
+            "seq_length": options.seq_length,
+            "batch_size": options.batch_size,
+            "micro_batch_tokens": options.micro_tokens,
+        },
         "ppo": {"num_rollouts": len(rows), "chunk_size": len(rows), "ppo_epochs": options.epochs},
         "generate": {"max_new_tokens": options.new_tokens},
         "optimizer": {"lr": LR},
