@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from _common import (
     SHAPES,
-    add_data_options,
     alternate,
     machine,
     make_run,
@@ -56,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_data_options(parser)
+    parser.add_argument("--data", help="data folder (train.jsonl[.gz], test.jsonl[.gz]; default: the demo's texts)")
+    parser.add_argument("--vocabulary", type=int, help="tokens of the tokenizer (default: 1024)")
     parser.add_argument("--shape", choices=SHAPES, default="gptj-narrow", help="the model's (default: gptj-narrow)")
     parser.add_argument("--unfrozen", type=int, default=2, help="layers that are trained (default: 2)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, after one that does not count (default: 5)")
@@ -73,7 +73,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[Row]]:
     """The rows that the trainer records of its phases, of each side."""
     quiet()
     torch.set_num_threads(options.threads)
-    preferences, tokenizer = read_data(options.data, options.vocabulary, options.seq_length)
+    preferences, tokenizer = read_data(options.data, options.vocabulary or 1024, options.seq_length)
     shape, room = SHAPES[options.shape], options.seq_length - options.new_tokens
     vocabulary = max(len(tokenizer), round(shape.width * HEAD_PER_WIDTH))
     rows = [row for row in preferences if len(encode(tokenizer, row.prompt)) <= room][: options.rollouts]
