@@ -9,8 +9,6 @@ their median and range. FOLDER is a data folder (train.jsonl[.gz], test.jsonl[.g
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import statistics
 import tempfile
 import time
@@ -21,15 +19,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from _common import (
+    SHAPES,
+    forward_flops,
+    matmul_flops,
+    print_figures,
+    quiet,
+    record,
+    save_reward_model,
+    seconds,
+    tokenizer_of,
+)
 
 from pipeline.config.load import check, dump
 from pipeline.config.schema import Config
-from pipeline.data.embedded import build_tokenizer
 from pipeline.data.sources import load_source
 from pipeline.data.tokens import encode_pair
 from pipeline.errors import run_command
-from pipeline.run.directory import Artifact, Outputs, RunDir
+from pipeline.run.directory import RunDir
 from pipeline.serving import wire
 from pipeline.serving.client import connect_scorer
 from pipeline.serving.convert import convert
@@ -43,14 +50,6 @@ from pipeline.serving.service import supervise
 MAX_LENGTH = 1024
 ORIGINAL_ROWS = 24
 """Rows of a request of the original's client."""
-SHAPES: dict[str, tuple[str, dict[str, int]]] = {
-    "tiny": ("gpt_neox", {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}),
-    "demo": ("gpt_neox", {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4}),
-    "160m": ("gpt_neox", {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}),
-    "gptj-6b": ("gptj", {"n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64}),
-}
-"""Model types and sizes; the demo's reward model is of the shape "demo"."""
-
 Calls = list[list[list[int]]]
 
 
@@ -65,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of model and server (default: 1)")
     parser.add_argument("--vocabulary", type=int, help="tokens of the tokenizer (default: 8192; 1024 for the demo)")
     options = parser.parse_args(argv)
-    logging.disable(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()
+    quiet()
     torch.set_num_threads(options.threads)
     calls, vocabulary = read_calls(options)
     with tempfile.TemporaryDirectory(prefix="hh-benchmark-") as folder:
@@ -76,9 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def read_calls(options: argparse.Namespace) -> tuple[Calls, int]:
     """Calls of prompt and chosen answer as token ids, and the size of their vocabulary."""
     preferences = load_source(check({"data": {"source": options.data or "demo"}}))["train"]
-    texts = [preference.prompt + preference.chosen for preference in preferences]
     vocabulary = options.vocabulary or (8192 if options.data else 1024)
-    tokenizer = build_tokenizer(texts, vocabulary, MAX_LENGTH)
+    tokenizer = tokenizer_of(preferences, vocabulary, MAX_LENGTH)
     pairs = (
         encode_pair(tokenizer, one.prompt, one.chosen, MAX_LENGTH)
         for one in preferences[: options.calls * options.rows]
@@ -91,7 +88,8 @@ def measure(root: Path, options: argparse.Namespace, calls: Calls, vocabulary: i
     """Make the model, serve it, and time all sides."""
     on_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", "bfloat16") if on_gpu else ("cpu", "float32")
-    save_model(root / "model", options.shape, vocabulary, device, getattr(torch, dtype))
+    where = {"device": device, "dtype": getattr(torch, dtype)}
+    save_reward_model(root / "model", SHAPES[options.shape], None, vocabulary, MAX_LENGTH, **where)
     serving = {"dtype": dtype, "max_length": MAX_LENGTH, "num_threads": options.threads, "bind": "unix"}
     one_forward = {"dynamic_batching": False, "max_batch_tokens": ORIGINAL_ROWS * MAX_LENGTH}
     ours, ours_run = converted(root / "ours", serving)
@@ -124,26 +122,14 @@ def measure(root: Path, options: argparse.Namespace, calls: Calls, vocabulary: i
             for side in sides.values():
                 side(calls[:1])
             peak = matmul_flops(device, getattr(torch, dtype))
-            rounds = [{name: seconds(side, calls) for name, side in sides.items()} for _ in range(options.rounds)]
+            rounds = [
+                {name: seconds(lambda side=side: side(calls)) for name, side in sides.items()}
+                for _ in range(options.rounds)
+            ]
             added = added_latency_ms(model, scorer, calls)
             client.close()
     where = torch.cuda.get_device_name() if on_gpu else f"CPU, {options.threads} thread(s)"
     print_table(where, options.shape, Figures(calls, model, rounds, added, ready, padding, peak))
-
-
-def save_model(folder: Path, shape: str, vocabulary: int, device: str, dtype: torch.dtype) -> None:
-    """Write a random reward model of a shape."""
-    kind, sizes = SHAPES[shape]
-    positions = {"n_positions" if kind == "gptj" else "max_position_embeddings": MAX_LENGTH}
-    if kind == "gpt_neox":
-        sizes = {**sizes, "intermediate_size": 4 * sizes["hidden_size"]}
-    config = transformers.AutoConfig.for_model(
-        kind, vocab_size=vocabulary, num_labels=1, pad_token_id=0, bos_token_id=0, eos_token_id=0, **sizes, **positions
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=dtype)
-    model.save_pretrained(folder)
 
 
 def converted(root: Path, serving: dict[str, Any]) -> tuple[Config, RunDir]:
@@ -153,7 +139,7 @@ def converted(root: Path, serving: dict[str, Any]) -> tuple[Config, RunDir]:
     run.config.write_text(dump(config))
     manifest = convert(root.parent / "model", root / "model_store", config.serving)
     values = {"identity": manifest.identity, "model_name": manifest.model_name}
-    run.write_outputs(Outputs("convert", "-", 1, {"model_store": Artifact("model_store", "0" * 64, 0)}, values))
+    record(run, "convert", "model_store", root / "model_store", **values)
     return config, run
 
 
@@ -183,20 +169,14 @@ def original_way(client: Any, model: str, call: list[list[int]]) -> None:
         wire.infer(client, model, rows, timeout_s=600.0)
 
 
-def seconds(side: Callable[[Calls], object], calls: Calls) -> float:
-    started = time.perf_counter()
-    side(calls)
-    return time.perf_counter() - started
-
-
 def added_latency_ms(model: RewardModel, scorer: Scorer, calls: Calls, times: int = 41) -> list[float]:
     """What a request of one sequence of middle length takes beyond the forward before it."""
     rows = sorted((row for call in calls for row in call), key=len)
     one = rows[len(rows) // 2]
     added = []
     for _ in range(times):
-        alone = seconds(lambda _calls: model.score([one]), calls)
-        added.append(1e3 * (seconds(lambda _calls: scorer.score([one]), calls) - alone))
+        alone = seconds(lambda: model.score([one]))
+        added.append(1e3 * (seconds(lambda: scorer.score([one])) - alone))
     return added
 
 
@@ -212,27 +192,13 @@ def padding_of(model: RewardModel, calls: Calls) -> float:
     return 1 - sum(len(row) for call in calls for row in call) / sum(computed)
 
 
-def matmul_flops(device: str, dtype: torch.dtype) -> float:
-    """Operations a second of the best of several large matrix products."""
-    size = 8192 if device == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-
-    def product(_calls: Calls) -> None:
-        a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    return 2 * size**3 / min(seconds(product, []) for _ in range(12))
-
-
 def model_flops(model: RewardModel, calls: Calls) -> float:
-    """Operations that the sequences' own tokens need: two a weight and token, and causal attention."""
+    """Operations that the sequences' own tokens need."""
     config = model.model.config
     weights = sum(parameter.numel() for parameter in model.model.parameters())
     weights -= model.model.get_input_embeddings().weight.numel()
     lengths = [len(row) for call in calls for row in call]
-    attention = 2 * config.num_hidden_layers * config.hidden_size * sum(length**2 for length in lengths)
-    return float(2 * weights * sum(lengths) + attention)
+    return forward_flops(weights, config.num_hidden_layers, config.hidden_size, lengths)
 
 
 @dataclass(frozen=True)
@@ -270,11 +236,8 @@ def print_table(where: str, shape: str, figures: Figures) -> None:
     if torch.cuda.is_available():
         served = [flops / one["served"] / figures.peak for one in figures.rounds]
         rows.append(("of matmul peak (GPU, bfloat16)", served, "0.5"))
-    print(f"\n{'figure':<34}{'median':>9}{'min':>9}{'max':>9}   aim")
-    for name, values, aim in rows:
-        print(f"{name:<34}{statistics.median(values):>9.3f}{min(values):>9.3f}{max(values):>9.3f}   {aim}")
+    print_figures(rows)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     run_command(main)

@@ -227,7 +227,7 @@ class Training:
         if self.ranks.first:
             shutil.rmtree(target, ignore_errors=True)
             os.replace(unfinished, target)
-            for old in sorted(path for path in target.parent.glob("best-*") if path != target)[:-1]:
+            for old in sorted(path for path in target.parent.glob("best-policy-*") if path != target)[:-1]:
                 shutil.rmtree(old)
         self.ranks.barrier()
 
@@ -247,7 +247,7 @@ class Training:
 
 def best_folder(checkpoints: Path, step: int) -> Path:
     """Where the policy of the best held-out reward, after `step` steps, is kept."""
-    return checkpoints / f"best-{step:08d}"
+    return checkpoints / f"best-policy-{step:08d}"
 
 
 def micro_batch_tokens(config: Config) -> int:

@@ -56,6 +56,8 @@ class TargetHeads(nn.Module):
     Parameters, and not buffers, so that a data-parallel wrapper saves them but does not send them around at each step.
     """
 
+    moves_without_gradients = True  # a checkpoint holds them, frozen as they are
+
     def __init__(self, heads: Heads) -> None:
         super().__init__()
         self.q_heads = copy.deepcopy(heads.q_heads).requires_grad_(False)

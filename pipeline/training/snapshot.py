@@ -136,8 +136,21 @@ def _set_generators(states: Mapping[str, Any]) -> None:
 
 
 def _without_frozen(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state without the weights that are not trained: they come from where training started."""
-    frozen = {name for name, weight in module.named_parameters(remove_duplicate=False) if not weight.requires_grad}
+    """A state without the weights that stay as they are: they come from where training started.
+
+    A part that changes without gradients (ILQL's target heads) says so by an attribute `moves_without_gradients`.
+    """
+    moving = {
+        id(weight)
+        for part in module.modules()
+        if getattr(part, "moves_without_gradients", False)
+        for weight in part.parameters()
+    }
+    frozen = {
+        name
+        for name, weight in module.named_parameters(remove_duplicate=False)
+        if not weight.requires_grad and id(weight) not in moving
+    }
     return {name: value for name, value in state.items() if name not in frozen}
 
 
