@@ -93,6 +93,7 @@ def test_a_fault_is_one_line_that_names_key_and_remedy(override: str, message: s
             ["ppo.advantage=rloo", "ppo.group_size=4", "ppo.critic_warmup_steps=2"],
             "ppo.critic_warmup_steps: means nothing",
         ),
+        (["train.method=ilql", "model.lora.rank=4"], "model.lora.rank: adapters are PPO's"),
         (["ppo.critic_lr=1e-5"], "ppo.critic_lr: a value head is trained at optimizer.lr"),
         (["ppo.kl_placement=loss"], 'ppo.kl_estimator: the gradient of "k1" is zero on average'),
         (["train.method=ilql", "ilql.betas=[]"], "ilql.betas: is empty"),

@@ -51,6 +51,10 @@ def check_sizes(config: Config) -> None:
         check_losses(config.ppo, train.total_steps)
     else:
         check_ilql(config.ilql)
+        if config.model.lora.rank:
+            raise ValueError(
+                'model.lora.rank: adapters are PPO\'s; leave it out with train.method = "ilql", which trains the weights'
+            )
 
 
 def _check_precision(config: Config) -> None:
