@@ -53,7 +53,7 @@ def check_sizes(config: Config) -> None:
         check_ilql(config.ilql)
         if config.model.lora.rank:
             raise ValueError(
-                'model.lora.rank: adapters are PPO\'s; leave it out with train.method = "ilql", which trains the weights'
+                "model.lora.rank: adapters are PPO's; leave it out with train.method = ilql, which trains the weights"
             )
 
 
