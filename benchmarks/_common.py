@@ -204,8 +204,6 @@ def phases_of(trainer: Trainer, **changed: Any) -> Phases:
 
 def one_phase(phases: Phases, state: TrainState) -> tuple[TrainState, Row]:
     """The next iteration: the state behind it, and what the trainer records of it."""
-    if hasattr(phases, "run_phase"):
-        return phases.run_phase(state)  # type: ignore[no-any-return]
     phase = phases.begin(state)
     assert phase is not None, "nobody asked it to stop"
     phases.advance(phase, lambda _step: False)
