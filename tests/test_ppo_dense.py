@@ -25,7 +25,7 @@ PROMPT = "\n\nHuman: Hello\n\nAssistant:"
 
 def response(text: str, finish: str) -> Response:
     tokens = encode(tokenizer(), text) + [end_id(tokenizer())] * (finish == "eos")
-    return Response(0, encode(tokenizer(), PROMPT), tokens, finish, torch.zeros(1, 1))  # type: ignore[arg-type]
+    return Response(0, encode(tokenizer(), PROMPT), tokens, finish, torch.zeros(1, 1), torch.zeros(len(tokens)))  # type: ignore[arg-type]
 
 
 def test_beginnings_are_scored_every_so_many_tokens_as_if_they_ended_there() -> None:

@@ -32,6 +32,8 @@ from pipeline.serving.scorer import BatchScorer
 from pipeline.serving.texts import open_texts
 from pipeline.training import ppo
 from pipeline.training.metrics import Row, read_rows
+from pipeline.training.open_phase import OpenPhase
+from pipeline.training.phase import Phases
 from pipeline.training.ranks import Ranks
 from pipeline.training.reward_source import LEDGER, RewardSource
 from pipeline.training.state import TrainState
@@ -80,21 +82,25 @@ class Watched:
         self.asked: list[tuple[int, str | None]] = []
         self.phase = -1
         self.at_end_of: dict[int, Callable[[], object]] = {}
-        submit, phase = BatchScorer.submit, Trainer._phase
+        submit, begin, finish = BatchScorer.submit, Phases.begin, Trainer._finish
 
         def watched_submit(scorer: BatchScorer, sequences: Any) -> Any:
             self.asked.append((self.phase, scorer.identity))
             return submit(scorer, sequences)
 
-        def watched_phase(trainer: Trainer, state: TrainState) -> TrainState | None:
+        def watched_begin(phases: Phases, state: TrainState) -> OpenPhase | None:
             self.phase = state.phase
-            after = phase(trainer, state)
-            self.at_end_of.pop(state.phase, lambda: None)()
+            return begin(phases, state)
+
+        def watched_finish(trainer: Trainer, phase: OpenPhase) -> TrainState:
+            state = finish(trainer, phase)
+            self.at_end_of.pop(self.phase, lambda: None)()
             self.phase = -1
-            return after
+            return state
 
         monkeypatch.setattr(BatchScorer, "submit", watched_submit)
-        monkeypatch.setattr(Trainer, "_phase", watched_phase)
+        monkeypatch.setattr(Phases, "begin", watched_begin)
+        monkeypatch.setattr(Trainer, "_finish", watched_finish)
 
     def models(self) -> dict[int, set[str | None]]:
         """The models that were asked in each phase."""
@@ -106,7 +112,7 @@ class Watched:
 
 
 def rows(run: RunDir) -> list[Row]:
-    timed = ("time/", "tokens_per_second", "reward_server/")
+    timed = ("time/", "tokens_per_second", "samples_per_second", "tflops", "memory/", "reward_server/")
     return [{key: value for key, value in row.items() if not key.startswith(timed)} for row in read_rows(run.metrics)]
 
 
