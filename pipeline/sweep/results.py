@@ -69,7 +69,8 @@ def write_table(folder: Path) -> str:
     results = [read_result(folder, point) for point in read_points(folder)]
     atomic.write_json(folder / "sweep.json", [asdict(result) for result in results])
     atomic.write_text(folder / "sweep.csv", as_csv(results))
-    return as_table(results, shutil.get_terminal_size((160, 24)).columns, sys.stdout.isatty())
+    on_terminal = sys.stdout.isatty()
+    return as_table(results, shutil.get_terminal_size().columns if on_terminal else _PAPER, on_terminal)
 
 
 def read_result(folder: Path, point: Point) -> Result:
@@ -182,6 +183,8 @@ def swept_keys(results: Sequence[Result]) -> list[str]:
     return list(dict.fromkeys(key for result in results for key in result.values))
 
 
+_PAPER = 160
+"""Columns where there is no terminal."""
 _FORMS: Mapping[str, str] = {"steps": "d", "kl": ".2f", "difference": "+.3f", "win_rate": ".0%"}
 
 
