@@ -27,6 +27,7 @@ from pipeline.training.batches import E, epoch_steps
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.distributed import configure_deepspeed, uses_deepspeed
 from pipeline.training.fit import Course, Hooks, Keeping, fit
+from pipeline.training.metrics import Row, read_rows
 from pipeline.training.ranks import Ranks, make_accelerator
 from pipeline.training.stop import EX_TEMPFAIL, STOPPED, StopRequest
 from pipeline.training.task import Task, sum_over
@@ -166,12 +167,12 @@ def train(
     summarise: Callable[[list[float]], dict[str, float]],
     shuffled: bool = True,
     counts: dict[str, float] | None = None,
-    describe: Callable[[Path, dict[str, Any]], None] = lambda folder, values: None,
+    describe: Callable[[Path, dict[str, Any], list[Row]], None] = lambda folder, values, rows: None,
 ) -> int:
     """Train `module`, which holds `model`, write OUT/model and the result; returns the exit status.
 
     `summarise` makes figures of the module's sums over the held-out examples; one of them is called "loss". `describe`
-    adds to the model's folder what says where it comes from, given the result's values.
+    adds to the model's folder what says where it comes from, given the result's values and the metrics.
     """
     settings, accelerator, ranks = session.settings, session.accelerator, session.ranks
     name = checkpoints_name(session, base)
@@ -216,7 +217,7 @@ def train(
             "metrics": str(keeping.metrics.relative_to(session.run.root)),
         }
         if ranks.first:
-            describe(session.out / "model", values)
+            describe(session.out / "model", values, read_rows(keeping.metrics))
             write_result(session.out, {"model": "model"}, values)
     elif ranks.first:
         _log.info("stopped at step %d; start again to go on", done.step)
