@@ -175,7 +175,7 @@ def train(
     adds to the model's folder what says where it comes from, given the result's values and the metrics.
     """
     settings, accelerator, ranks = session.settings, session.accelerator, session.ranks
-    name = checkpoints_name(session, base)
+    name = checkpoints_name(session, base, tokenizer)
     start_tracker(
         accelerator,
         session.config,
@@ -187,7 +187,12 @@ def train(
     wrapped, optimizer = prepare(accelerator, module, make_optimizer(module, settings))
     course = course_of(settings, len(examples), session.config.seed, shuffled)
     keeping = Keeping(
-        Checkpoints(session.run.checkpoints / name, ranks, settings.keep_checkpoints),
+        Checkpoints(
+            session.run.checkpoints / name,
+            ranks,
+            settings.keep_checkpoints,
+            processes=f"{session.stage.replace('-', '_')}.num_processes",
+        ),
         session.stop,
         Progress(session.out, course.total_steps),
     )
@@ -227,16 +232,17 @@ def train(
     return 0 if done.complete else EX_TEMPFAIL
 
 
-def checkpoints_name(session: Session, base: Path) -> str:
+def checkpoints_name(session: Session, base: Path, tokenizer: PreTrainedTokenizerBase) -> str:
     """The checkpoints' folder: what the control plane says, else made from all that enters the training."""
     given = os.environ.get(FINGERPRINT)
-    return given or str(session.ranks.from_first(_manual_name(session, base) if session.ranks.first else None))
+    made = _manual_name(session, base, Path(tokenizer.name_or_path)) if session.ranks.first and not given else None
+    return given or str(session.ranks.from_first(made))
 
 
-def _manual_name(session: Session, base: Path) -> str:
-    """The stage, "manual" and a fingerprint of its settings, the start's files and the data's."""
+def _manual_name(session: Session, base: Path, tokenizer: Path) -> str:
+    """The stage, "manual" and a fingerprint of its settings, the start's files, the tokenizer's and the data's."""
     cache = hashing.HashCache(session.run.root / "cache" / "hashes.json")
-    folders = (base, session.run.artifact("prefetch", "data"))
+    folders = (base, tokenizer, session.run.artifact("prefetch", "data"))
     inputs = [hashing.hash_tree(folder, cache)[0] for folder in folders]
     cache.save()
     settings = session.settings.model_dump(mode="json", exclude=NOT_IN_RESULT)
