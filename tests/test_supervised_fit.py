@@ -69,7 +69,7 @@ def test_a_step_that_fp16_leaves_out_is_counted_and_calls_no_hook(
 
 def test_a_loss_scale_that_cannot_fall_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def overflowing(self: Accelerator, loss: Tensor) -> None:
-        raise Exception("Current loss scale already at minimum - cannot decrease scale anymore.")
+        raise RuntimeError("Current loss scale already at minimum - cannot decrease scale anymore.")
 
     monkeypatch.setattr(Accelerator, "backward", overflowing)
     with pytest.raises(UserError, match="fp16 gradients overflow at the smallest loss scale"):
@@ -78,7 +78,7 @@ def test_a_loss_scale_that_cannot_fall_is_one_line(tmp_path: Path, monkeypatch: 
 
 def test_another_number_of_processes_is_refused_by_the_stages_own_setting(tmp_path: Path) -> None:
     train(tmp_path, Hooks())
-    three = Checkpoints(tmp_path, Ranks(0, 1, torch.device("cpu")), 1, processes="reward_model.num_processes")
+    three = Checkpoints(tmp_path, ALONE, 1, processes="reward_model.num_processes")
     state = {**(atomic.read_json(tmp_path / "latest" / "state.json") or {}), "processes": 3}
     rewrite(tmp_path / "latest", state)
     with pytest.raises(UserError, match=r"written by 3 processes, but there are 1; set reward_model\.num_processes=3"):
