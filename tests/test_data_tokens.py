@@ -68,6 +68,14 @@ def test_a_response_too_long_by_itself_is_cut_and_still_ends(tokenizer: PreTrain
     assert response == [*encode(tokenizer, "stuvwxyz")[:3], 0]
 
 
+@pytest.mark.parametrize("room", [-1, 0, 1], ids=["cut", "without its end", "whole"])
+def test_a_cut_response_may_go_without_an_end(tokenizer: PreTrainedTokenizerBase, room: int) -> None:
+    ids = encode(tokenizer, "stuvwxyz")
+    prompt, response = encode_pair(tokenizer, "abc", "stuvwxyz", len(ids) + room, end_cut=False)
+    assert prompt == []
+    assert response == {-1: ids[:-1], 0: ids, 1: [*ids, 0]}[room]
+
+
 def test_a_tokenizer_without_pad_pads_with_its_end(tmp_path: Path) -> None:
     assert pad_id(load_tokenizer(make_tokenizer(tmp_path / "model", pad=None))) == 0
 

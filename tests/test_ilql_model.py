@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.config.methods import ILQL
 from pipeline.config.training import Generate
-from pipeline.data.tokens import encode_pair, end_id
+from pipeline.data.tokens import encode, encode_pair, end_id
 from pipeline.training import vocabulary
 from pipeline.training.decode import decode
 from pipeline.training.ilql_data import Trajectory, collate, make_trajectories
@@ -74,10 +74,12 @@ def test_both_answers_become_rows_with_their_rewards_and_the_projects_ids() -> N
     rows = make_trajectories(some, tokenizer(), 48, ILQL(reward_chosen=2.0, reward_rejected=-0.5))
     assert [row.reward for row in rows] == [2.0, -0.5] * 3
     for row, (preference, key) in zip(rows, [(p, key) for p in some for key in ("chosen", "rejected")], strict=True):
-        prompt, answer = encode_pair(tokenizer(), preference.prompt, getattr(preference, key), 48)
+        text = getattr(preference, key)
+        prompt, answer = encode_pair(tokenizer(), preference.prompt, text, 48, end_cut=False)
         assert row.ids.tolist() == prompt + answer
         assert row.first == max(1, len(prompt))
-        assert row.ids[-1] == end_id(tokenizer())
+        fits = len(encode(tokenizer(), text)) < 48  # else it is cut, and does not end there
+        assert (row.ids[-1] == end_id(tokenizer())) == fits
 
 
 def test_a_row_without_room_for_its_prompt_has_no_state_before_its_first_token() -> None:

@@ -65,6 +65,29 @@ def test_a_card_holds_what_the_run_knows_and_nothing_else(tmp_path: Path) -> Non
     assert settings["generate"]["temperature"] == 0.7 and settings["ppo"]["ppo_epochs"] == 2
 
 
+@pytest.mark.parametrize(
+    ("rows", "header", "last"),
+    [
+        (
+            [{"step": 0, "reward/mean@beta=0": 1.0, "reward/mean@beta=4": 2.0, "losses/loss_q": 3.0}],
+            "| step | reward/mean@beta=0 | reward/mean@beta=4 |",
+            "| 0 | 1 | 2 |",
+        ),
+        (
+            [{"step": 9, "losses/loss": 0.5}, {"step": 9, "test/loss": 0.25, "test/accuracy": 0.75}],
+            "| step | losses/loss | test/loss | test/accuracy |",
+            "| 9 | 0.5 | 0.25 | 0.75 |",
+        ),
+    ],
+    ids=["ilql", "reward model"],
+)
+def test_a_card_shows_the_curves_of_each_method(
+    rows: list[dict[str, Any]], header: str, last: str, tmp_path: Path
+) -> None:
+    lines = render_card(RunDir(tmp_path), config(), Card("M", (), {}, rows=rows)).splitlines()
+    assert lines[lines.index(header) + 2] == last
+
+
 def test_local_folders_are_no_hub_names(tmp_path: Path) -> None:
     text = render_card(RunDir(tmp_path), config(), Card("SFT", ("sft",), {}))
     front = yaml.safe_load(text.split("---\n")[1])

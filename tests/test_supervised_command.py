@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from pipeline.config.methods import SFT
 from pipeline.data.preferences import Preference
 from pipeline.data.tokens import encode, load_tokenizer
+from pipeline.errors import UserError
 from pipeline.procs import capture
 from pipeline.resources import resource_dir
 from pipeline.run.directory import RunDir
@@ -60,6 +61,7 @@ def test_sft_learns_and_a_rerun_gives_the_same_bits(run: RunDir) -> None:
     assert math.isclose(values["perplexity"], math.exp(values["loss"]))
     assert same_weights(one, two)
     assert json.loads((one / "progress.json").read_text())["step"] == 16
+    assert "| step | losses/loss | test/loss | test/perplexity |" in (one / "model" / "README.md").read_text()
 
     # The reported loss, worked out again from the saved folder, one dialogue at a time.
     model = load_causal_lm(one / "model", torch.float64)
@@ -164,8 +166,25 @@ def test_a_response_as_long_as_the_limit_still_trains(run: RunDir) -> None:
     preference = Preference("\n\nHuman: Hi\n\nAssistant:", " " + "word " * 50 + "end", " no")
     (dialogue,) = sft.make_dialogues([preference], tokenizer, SFT(max_length=12))
     assert (dialogue.length, dialogue.first) == (12, 1)  # nothing precedes the first token: it carries no loss
-    (pair,) = reward_model.make_pairs([preference], tokenizer, 12)
-    assert pair.prompt == () and len(pair.chosen) == 12
+    assert list(dialogue.ids) == encode(tokenizer, preference.chosen)[:12]  # and no EOS: it is cut
+
+
+def test_a_pair_with_an_answer_that_does_not_fit_is_dropped(run: RunDir, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = load_tokenizer(run.root / "prefetch" / "model")
+    prompt = "\n\nHuman: Hi\n\nAssistant:"
+    fits, long = Preference(prompt, " yes indeed", " no"), Preference(prompt, " yes", " no" * 50)
+    whole, chosen, rejected = (encode(tokenizer, text) for text in (prompt, fits.chosen, fits.rejected))
+    end = tokenizer.eos_token_id
+    length = len(chosen) + 1 + 2  # two tokens of the prompt
+
+    pairs = reward_model.make_pairs([fits, long], tokenizer, length)
+
+    assert pairs == [reward_model.Pair(tuple(whole[-2:]), (*chosen, end), (*rejected, end))]
+    assert f"1 of 2 pairs dropped: longer than {length} tokens" in caplog.text
+    with pytest.raises(
+        UserError, match=r"^reward_model.max_length: no pair of the data fits into \d+ tokens; raise it$"
+    ):
+        reward_model.make_pairs([fits, long], tokenizer, length - 2)  # the answer alone, without a prompt
 
 
 @pytest.mark.parametrize("length", [12, 40])
@@ -176,5 +195,6 @@ def test_without_eos_the_answer_ends_as_its_text_does(run: RunDir, length: int) 
         sft.make_dialogues([preference], tokenizer, SFT(max_length=length, append_eos=eos))[0] for eos in (True, False)
     )
     answer = encode(tokenizer, preference.chosen)
-    assert tokenizer.eos_token_id not in bare.ids and ended.ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token_id not in bare.ids
+    assert (ended.ids[-1] == tokenizer.eos_token_id) == (length == 40)  # a response that is cut does not end there
     assert bare.length <= length and list(bare.ids[-len(answer) :]) == answer[:length]

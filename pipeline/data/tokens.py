@@ -67,21 +67,22 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def encode_pair(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, max_length: int
+    tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, max_length: int, end_cut: bool = True
 ) -> tuple[list[int], list[int]]:
     """Ids of prompt and response, encoded apart; the response ends with EOS.
 
     Together they are at most `max_length` ids: the prompt loses its beginning, as it does when sampling. A
-    response that is too long by itself is cut at its end, and keeps the EOS; the prompt is then empty.
+    response that is too long by itself is cut at its end, and keeps the EOS; the prompt is then empty. Without
+    `end_cut` one that is cut has no EOS: its author did not end there.
     """
-    return join_pair(encode(tokenizer, prompt), encode(tokenizer, response), end_id(tokenizer), max_length)
+    return join_pair(encode(tokenizer, prompt), encode(tokenizer, response), end_id(tokenizer), max_length, end_cut)
 
 
 def join_pair(
-    prompt_ids: Sequence[int], response_ids: Sequence[int], end: int, max_length: int
+    prompt_ids: Sequence[int], response_ids: Sequence[int], end: int, max_length: int, end_cut: bool = True
 ) -> tuple[list[int], list[int]]:
     """`encode_pair` of texts that are encoded already."""
-    ended = [*response_ids[: max_length - 1], end]
+    ended = [*response_ids[: max_length - 1], end] if end_cut else [*response_ids, end][:max_length]
     room = max_length - len(ended)
     return list(prompt_ids[max(0, len(prompt_ids) - room) :]), ended
 

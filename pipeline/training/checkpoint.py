@@ -57,12 +57,18 @@ _AT_ONCE = 2
 class Checkpoints:
     """The checkpoints of one configuration. Methods without a rank's condition are to be called by every rank."""
 
-    def __init__(self, folder: Path, ranks: Ranks, keep: int, background: bool = False) -> None:
-        """With `background`, `save` returns when it has its copy, and `wait` has to be called at the end."""
+    def __init__(
+        self, folder: Path, ranks: Ranks, keep: int, background: bool = False, processes: str = "train.num_processes"
+    ) -> None:
+        """With `background`, `save` returns when it has its copy, and `wait` has to be called at the end.
+
+        `processes` is the setting that says how many ranks there are.
+        """
         self.folder = folder
         self._ranks = ranks
         self._keep = keep
         self._background = background
+        self._processes = processes
         self._writer = Writer()
         self._abandoned = threading.Event()
         self._given = 0
@@ -112,7 +118,7 @@ class Checkpoints:
         if state["processes"] != self._ranks.world:
             raise UserError(
                 f"{found}: was written by {state['processes']} processes, but there are {self._ranks.world}; set "
-                f"train.num_processes={state['processes']}, or remove {self.folder} to start again"
+                f"{self._processes}={state['processes']}, or remove {self.folder} to start again"
             )
         if can_copy(accelerator):
             restore(accelerator, self._ranks.rank, found)

@@ -22,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.run.work import Progress
 from pipeline.training.batches import E, epoch_steps, plan_epoch
 from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.distributed import was_skipped
 from pipeline.training.metrics import METRICS, Row, append_row, keep_rows_until
 from pipeline.training.ranks import Ranks
 from pipeline.training.stop import StopRequest
@@ -29,6 +30,9 @@ from pipeline.training.task import Task, backward
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+SKIPPED = "update/skipped"
+"""The steps since the last metrics row that fp16 left out."""
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +76,8 @@ class Hooks:
     """What a method adds to the loop. Every rank calls them at the same steps."""
 
     after_step: Callable[[int], None] = lambda step: None
-    """After optimiser step `step`, counted from 1, and before anything is logged, evaluated or saved."""
+    """After optimiser step `step`, counted from 1, and before anything is logged, evaluated or saved; not after one
+    that fp16 left out."""
     evaluate: Callable[[int], dict[str, float]] | None = None
     """Figures of the model after `step` steps, the same on every rank; they become a metrics row."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -161,8 +166,8 @@ class _Loop(Generic[E]):
             self._evaluate()
         self._clock = self._row_clock = time.monotonic()
         while state.step < course.total_steps:
-            self._step(self._batch(state.step))
-            self.hooks.after_step(state.step)
+            if self._step(self._batch(state.step)):
+                self.hooks.after_step(state.step)
             last = state.step == course.total_steps
             if last or state.step == 1 or state.step % course.log_interval == 0:
                 self._log()
@@ -195,21 +200,23 @@ class _Loop(Generic[E]):
             self._epoch = epoch, plan_epoch(lengths, course.batch_size, course.seed, epoch, course.shuffled)
         return [self.examples[index] for index in self._epoch[1][place]]
 
-    def _step(self, batch: Sequence[E]) -> None:
+    def _step(self, batch: Sequence[E]) -> bool:
+        """A step of the optimiser; whether it was taken, and not left out for gradients that overflow fp16."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.course.rate(self.state.step)
         sums = backward(self.accelerator, self.wrapped, self.task, batch, self.course.micro_batch_tokens)
         norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.course.max_grad_norm)
         self.optimizer.step()
+        skipped = was_skipped(self.accelerator, self.optimizer)
         self.optimizer.zero_grad()
         self.state.step += 1
         # The norm is the same on every rank, so one of them says it. Nothing here waits for a GPU.
         means = sums.means
-        mine = norm if self.ranks.first and norm is not None else 0.0
-        tail = [
-            torch.as_tensor(value, dtype=means.dtype, device=means.device) for value in (mine, sums.tokens, sums.padded)
-        ]
+        mine = norm if self.ranks.first and norm is not None and not skipped else 0.0
+        numbers = (mine, float(skipped and self.ranks.first), sums.tokens, sums.padded)
+        tail = [torch.as_tensor(value, dtype=means.dtype, device=means.device) for value in numbers]
         self._fresh.append(torch.cat([means[: len(self.task.statistics)], torch.stack(tail)]))
+        return not skipped
 
     def _gather(self) -> None:
         """Sum the steps' vectors over ranks; UserError where a loss is not finite."""
@@ -230,9 +237,12 @@ class _Loop(Generic[E]):
 
     def _log(self) -> None:
         self._gather()
-        state, names = self.state, (*self.task.statistics, "grad_norm", "tokens/real", "tokens/padded")
+        state, names = self.state, (*self.task.statistics, "grad_norm", SKIPPED, "tokens/real", "tokens/padded")
         columns = zip(*state.window, strict=True)
         means = {name: math.fsum(column) / len(state.window) for name, column in zip(names, columns, strict=True)}
+        means[SKIPPED] = skipped = round(means[SKIPPED] * len(state.window))
+        if skipped:  # which have no norm
+            means["grad_norm"] *= len(state.window) / max(1, len(state.window) - skipped)
         state.last = means
         state.first = state.first or means
         steps, state.window = len(state.window), []

@@ -32,6 +32,7 @@ from pipeline.run.work import Progress, parse_work, write_result
 from pipeline.serving.model_store import reward_folder
 from pipeline.training.baselines import baseline_scores
 from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.checkpoint_files import STATE, all_checkpoints
 from pipeline.training.distributed import compute_dtype
 from pipeline.training.fit import Course, Fit, Hooks, Keeping, fit
 from pipeline.training.ilql_assemble import load_split, make_module, prepare, refuse_sharded_weights, repeat_on_cpu
@@ -53,6 +54,8 @@ from pipeline.training.stop import EX_TEMPFAIL, STOPPED, StopRequest
 from pipeline.training.stopping import StopSequences
 from pipeline.training.task import Task
 from pipeline.training.tracking import end_tracking, run_id, start_tracker, tracker_of
+
+BEST_POLICY = "best-policy-"
 
 logger = logging.getLogger(__name__)
 
@@ -81,13 +84,12 @@ def main(argv: list[str] | None = None) -> int:
             training.save(out / "policy")
     if ranks.first and done.complete:
         artifacts = {"policy": "policy"}
-        if config.train.save_best:
-            shutil.copytree(best_folder(folder, training.best["best_step"]), out / "best", dirs_exist_ok=True)
+        if config.train.save_best and take_best(folder, training.best["best_step"], out / "best"):
             artifacts["best"] = "best"
+            training.describe(out / "best", figures_of_best(training.best, config))
         metrics = {"metrics": str(keeping.metrics.relative_to(run.root))}
         values = {**summary(done, training.best, config), **metrics}
-        for artifact in artifacts.values():
-            training.describe(out / artifact, values)
+        training.describe(out / "policy", values)
         write_result(out, artifacts, values)
         push_if_asked(run, config, out / "policy")
     elif ranks.first:
@@ -218,7 +220,7 @@ class Training:
         write_card(folder, self.run, self.config, card)
 
     def _keep_best(self, step: int) -> None:
-        """Written beside and renamed. The one before stays until the next: a resume may begin before this step."""
+        """Written beside and renamed. Those that a checkpoint knows of stay: a resume begins there."""
         target = best_folder(self.keeping.checkpoints.folder, step)
         unfinished = target.with_name(f"{target.name}.unfinished")
         if self.ranks.first:
@@ -227,8 +229,7 @@ class Training:
         if self.ranks.first:
             shutil.rmtree(target, ignore_errors=True)
             os.replace(unfinished, target)
-            for old in sorted(path for path in target.parent.glob("best-policy-*") if path != target)[:-1]:
-                shutil.rmtree(old)
+            remove_forgotten(target.parent)
         self.ranks.barrier()
 
     def _baselines(self, heldout: list[Preference], sampler: Sampler) -> Mapping[int, float] | None:
@@ -247,7 +248,41 @@ class Training:
 
 def best_folder(checkpoints: Path, step: int) -> Path:
     """Where the policy of the best held-out reward, after `step` steps, is kept."""
-    return checkpoints / f"best-policy-{step:08d}"
+    return checkpoints / f"{BEST_POLICY}{step:08d}"
+
+
+def remove_forgotten(checkpoints: Path) -> None:
+    """Remove the best policies that no checkpoint knows of, but for those behind the newest's, as `rotate` does.
+
+    The next checkpoint will know of one of these. Without a checkpoint a training begins anew, and keeps all again.
+    """
+    states = [atomic.read_json(path / STATE) or {} for path in all_checkpoints(checkpoints)]
+    known = [state.get("extra", {}).get("best_step", -1) for state in states]
+    for path in all_checkpoints(checkpoints, BEST_POLICY):
+        step = int(path.name[len(BEST_POLICY) :])
+        if step < max(known, default=-1) and step not in known:
+            shutil.rmtree(path)
+
+
+def take_best(checkpoints: Path, step: int, folder: Path) -> bool:
+    """Copy the best policy, of `step`, to `folder`; False, with a warning, where it is gone."""
+    kept = best_folder(checkpoints, step)
+    if not kept.is_dir():
+        logger.warning("the policy of step %d, the best, was not kept", step)
+        return False
+    with atomic.disk_errors(folder):
+        shutil.copytree(kept, folder, dirs_exist_ok=True)
+    return True
+
+
+def figures_of_best(best: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """What the best policy's card says of it."""
+    return {
+        "optimiser step": best["best_step"],
+        "beta": decoding_beta(config.ilql),
+        "held-out reward": best["best_reward"],
+        "held-out reward of the start": best["first_reward"],
+    }
 
 
 def micro_batch_tokens(config: Config) -> int:

@@ -23,7 +23,10 @@ _TEXTS = 4096
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A prompt and one answer to it; ids from `first` on are actions, and the last of them, an EOS, is paid."""
+    """A prompt and one answer to it; ids from `first` on are actions, and the last of them is paid.
+
+    That is an EOS, unless the answer is cut.
+    """
 
     ids: array[int]
     """int32: a number costs 4 bytes, of which HH needs some 70 million."""
@@ -44,8 +47,8 @@ def make_trajectories(
 ) -> list[Trajectory]:
     """Chosen and rejected answer of each preference; a prompt is encoded once for both.
 
-    At most `max_length` ids each, cut as `encode_pair` does. The very first token of a row is no action: there is no
-    state before it.
+    At most `max_length` ids each, cut as `encode_pair` does; an answer that is cut has no EOS, and is paid at its last
+    token. The very first token of a row is no action: there is no state before it.
     """
     end, rows = end_id(tokenizer), []
     for start in range(0, len(preferences), _TEXTS):
@@ -56,7 +59,7 @@ def make_trajectories(
         )
         for prompt, good, bad in zip(prompts, chosen, rejected, strict=True):
             for answer, reward in ((good, settings.reward_chosen), (bad, settings.reward_rejected)):
-                head, tail = join_pair(prompt, answer, end, max_length)
+                head, tail = join_pair(prompt, answer, end, max_length, end_cut=False)
                 rows.append(Trajectory(array("i", head + tail), max(1, len(head)), reward))
     return [row for row in rows if row.actions > 0]
 

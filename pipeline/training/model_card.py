@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,16 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_CURVES = ("reward/mean", "rollout_scores/mean", "policy/kl", "losses/total_loss", "loss", "accuracy")
-"""Metrics that are shown over the steps, as far as there are any."""
+_CURVES = (
+    "reward/mean",
+    "reward/mean@*",  # ILQL's, by beta
+    "rollout_scores/mean",
+    "policy/kl",
+    "losses/total_loss",
+    "losses/loss",
+    "test/*",
+)
+"""Metrics that are shown over the steps, as far as there are any; a star stands for any ending."""
 _SHOWN = 12
 """Steps of such a table."""
 _NOT_OF_THE_MODEL = {
@@ -160,7 +169,8 @@ def _curve(rows: Sequence[Row]) -> str:
     by_step: dict[int, Row] = {}
     for row in rows:
         by_step.setdefault(row["step"], {}).update(row)
-    names = [name for name in _CURVES if any(row.get(name) is not None for row in by_step.values())]
+    found = dict.fromkeys(name for row in by_step.values() for name, value in row.items() if value is not None)
+    names = [name for pattern in _CURVES for name in found if fnmatchcase(name, pattern)]
     steps = sorted(by_step)
     if not names or not steps:
         return ""

@@ -9,6 +9,7 @@ with the tokenizer.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.data.preferences import Preference, read_split
-from pipeline.data.tokens import encode_pair, load_tokenizer, pad_id
+from pipeline.data.tokens import encode, end_id, load_tokenizer, pad_id
+from pipeline.errors import UserError
 from pipeline.evaluation.reward_model import BINS, expected_calibration_error
 from pipeline.run.sources import base_model_path, tokenizer_path
 from pipeline.training.batches import pad_rows
+from pipeline.training.metrics import Row
 from pipeline.training.model_card import Card, write_card
 from pipeline.training.models import check_positions, disable_dropout, load_reward_model
 from pipeline.training.packing import additive
@@ -37,6 +40,8 @@ from pipeline.training.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,22 @@ class Pair:
 
 
 def make_pairs(preferences: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Pair]:
-    """Preferences as ids. Prompt and longer answer together are at most `max_length` ids."""
-    pairs = []
+    """Preferences as ids. Prompt and longer answer are at most `max_length` ids: the prompt loses its beginning.
+
+    Dropped are pairs of which an answer would be cut, or no token of the prompt be left: their rewards would be those
+    of other texts. UserError when none is left.
+    """
+    end, pairs = end_id(tokenizer), []
     for preference in preferences:
-        one, chosen = encode_pair(tokenizer, preference.prompt, preference.chosen, max_length)
-        other, rejected = encode_pair(tokenizer, preference.prompt, preference.rejected, max_length)
-        pairs.append(Pair(tuple(one if len(one) < len(other) else other), tuple(chosen), tuple(rejected)))
+        prompt = encode(tokenizer, preference.prompt)
+        chosen, rejected = ((*encode(tokenizer, text), end) for text in (preference.chosen, preference.rejected))
+        room = max_length - max(len(chosen), len(rejected))
+        if prompt and room > 0:
+            pairs.append(Pair(tuple(prompt[-room:]), chosen, rejected))
+    if preferences and not pairs:
+        raise UserError(f"reward_model.max_length: no pair of the data fits into {max_length} tokens; raise it")
+    if dropped := len(preferences) - len(pairs):
+        _log.warning("%d of %d pairs dropped: longer than %d tokens", dropped, len(preferences), max_length)
     return pairs
 
 
@@ -176,9 +191,9 @@ def main(argv: list[str] | None = None) -> int:
         figures = {name: value / len(heldout) for name, value in zip(names, sums[1:], strict=False)}
         return {**figures, "calibration_error": expected_calibration_error(sums[len(STATISTICS) :], len(heldout))}
 
-    def describe(folder: Path, values: dict[str, Any]) -> None:
+    def describe(folder: Path, values: dict[str, Any], rows: list[Row]) -> None:
         origin = "its supervised fine-tuning on the same data" if settings.base == "sft" else None
-        card = Card("Reward model", ("reward_model",), values, origin, task="text-classification")
+        card = Card("Reward model", ("reward_model",), values, origin, task="text-classification", rows=rows)
         write_card(folder, session.run, session.config, card)
 
     return train(

@@ -27,6 +27,7 @@ from pipeline.data.preferences import Preference, read_split
 from pipeline.data.tokens import encode_pair, load_tokenizer, pad_id
 from pipeline.run.sources import base_model_path, tokenizer_path
 from pipeline.training.batches import pad_rows
+from pipeline.training.metrics import Row
 from pipeline.training.model_card import Card, write_card, write_generation_config
 from pipeline.training.models import check_positions, disable_dropout, load_causal_lm
 from pipeline.training.packing import PackedRow, block_mask, pack, positions_and_segments
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Ids of prompt and response, with its EOS if it gets one; tokens from `first` on carry loss."""
+    """Ids of prompt and response, with its EOS if it gets one and is not cut; tokens from `first` on carry loss."""
 
     ids: tuple[int, ...]
     first: int
@@ -57,11 +58,16 @@ class Dialogue:
 def make_dialogues(
     preferences: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, settings: SFT
 ) -> list[Dialogue]:
-    """The chosen dialogues as ids. The very first token of a dialogue has nothing to be predicted from."""
+    """The chosen dialogues as ids. The very first token of a dialogue has nothing to be predicted from.
+
+    A response that is too long by itself is cut, and has no EOS: nothing says that it ends there.
+    """
     dialogues = []
     for preference in preferences:
         if settings.append_eos:
-            prompt, response = encode_pair(tokenizer, preference.prompt, preference.chosen, settings.max_length)
+            prompt, response = encode_pair(
+                tokenizer, preference.prompt, preference.chosen, settings.max_length, end_cut=False
+            )
         else:  # the place of the EOS that is taken off again is the text's
             prompt, response = encode_pair(tokenizer, preference.prompt, preference.chosen, settings.max_length + 1)
             response = response[:-1]
@@ -149,9 +155,9 @@ def main(argv: list[str] | None = None) -> int:
     def summarise(sums: list[float]) -> dict[str, float]:
         return {"loss": sums[0] / tokens, "perplexity": math.exp(min(sums[0] / tokens, 50.0))}
 
-    def describe(folder: Path, values: dict[str, Any]) -> None:
+    def describe(folder: Path, values: dict[str, Any], rows: list[Row]) -> None:
         write_generation_config(folder, tokenizer, session.config)
-        write_card(folder, session.run, session.config, Card("SFT", ("sft",), values))
+        write_card(folder, session.run, session.config, Card("SFT", ("sft",), values, rows=rows))
 
     return train(
         session,

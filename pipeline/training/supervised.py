@@ -27,6 +27,7 @@ from pipeline.training.batches import E, epoch_steps
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.distributed import configure_deepspeed, uses_deepspeed
 from pipeline.training.fit import Course, Hooks, Keeping, fit
+from pipeline.training.metrics import Row, read_rows
 from pipeline.training.ranks import Ranks, make_accelerator
 from pipeline.training.stop import EX_TEMPFAIL, STOPPED, StopRequest
 from pipeline.training.task import Task, sum_over
@@ -166,15 +167,15 @@ def train(
     summarise: Callable[[list[float]], dict[str, float]],
     shuffled: bool = True,
     counts: dict[str, float] | None = None,
-    describe: Callable[[Path, dict[str, Any]], None] = lambda folder, values: None,
+    describe: Callable[[Path, dict[str, Any], list[Row]], None] = lambda folder, values, rows: None,
 ) -> int:
     """Train `module`, which holds `model`, write OUT/model and the result; returns the exit status.
 
     `summarise` makes figures of the module's sums over the held-out examples; one of them is called "loss". `describe`
-    adds to the model's folder what says where it comes from, given the result's values.
+    adds to the model's folder what says where it comes from, given the result's values and the metrics.
     """
     settings, accelerator, ranks = session.settings, session.accelerator, session.ranks
-    name = checkpoints_name(session, base)
+    name = checkpoints_name(session, base, tokenizer)
     start_tracker(
         accelerator,
         session.config,
@@ -186,7 +187,12 @@ def train(
     wrapped, optimizer = prepare(accelerator, module, make_optimizer(module, settings))
     course = course_of(settings, len(examples), session.config.seed, shuffled)
     keeping = Keeping(
-        Checkpoints(session.run.checkpoints / name, ranks, settings.keep_checkpoints),
+        Checkpoints(
+            session.run.checkpoints / name,
+            ranks,
+            settings.keep_checkpoints,
+            processes=f"{session.stage.replace('-', '_')}.num_processes",
+        ),
         session.stop,
         Progress(session.out, course.total_steps),
     )
@@ -216,7 +222,7 @@ def train(
             "metrics": str(keeping.metrics.relative_to(session.run.root)),
         }
         if ranks.first:
-            describe(session.out / "model", values)
+            describe(session.out / "model", values, read_rows(keeping.metrics))
             write_result(session.out, {"model": "model"}, values)
     elif ranks.first:
         _log.info("stopped at step %d; start again to go on", done.step)
@@ -226,16 +232,17 @@ def train(
     return 0 if done.complete else EX_TEMPFAIL
 
 
-def checkpoints_name(session: Session, base: Path) -> str:
+def checkpoints_name(session: Session, base: Path, tokenizer: PreTrainedTokenizerBase) -> str:
     """The checkpoints' folder: what the control plane says, else made from all that enters the training."""
     given = os.environ.get(FINGERPRINT)
-    return given or str(session.ranks.from_first(_manual_name(session, base) if session.ranks.first else None))
+    made = _manual_name(session, base, Path(tokenizer.name_or_path)) if session.ranks.first and not given else None
+    return given or str(session.ranks.from_first(made))
 
 
-def _manual_name(session: Session, base: Path) -> str:
-    """The stage, "manual" and a fingerprint of its settings, the start's files and the data's."""
+def _manual_name(session: Session, base: Path, tokenizer: Path) -> str:
+    """The stage, "manual" and a fingerprint of its settings, the start's files, the tokenizer's and the data's."""
     cache = hashing.HashCache(session.run.root / "cache" / "hashes.json")
-    folders = (base, session.run.artifact("prefetch", "data"))
+    folders = (base, tokenizer, session.run.artifact("prefetch", "data"))
     inputs = [hashing.hash_tree(folder, cache)[0] for folder in folders]
     cache.save()
     settings = session.settings.model_dump(mode="json", exclude=NOT_IN_RESULT)

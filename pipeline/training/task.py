@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.training.batches import E, Sized, split_by_tokens, split_into
+from pipeline.training.distributed import backward as backward_pass
 from pipeline.training.distributed import uses_deepspeed
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def backward(
             tensors = to_device(task.collate(piece), accelerator.device)
             loss, sums = wrapped(*tensors)
             # The ranks' gradients are averaged, so that a sum over ranks needs a factor of their number.
-            accelerator.backward(loss * (weight * world / max(1, count)))
+            backward_pass(accelerator, loss * (weight * world / max(1, count)))
         part = sums * (weight / max(1, count))
         total = part if total is None else total + part
         padded += tensors[0].numel() if weight else 0
