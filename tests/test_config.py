@@ -219,3 +219,12 @@ def test_every_setting_is_explained() -> None:
     rows = [line for line in render_reference().splitlines() if line.startswith("| `")]
     assert len(rows) > 80
     assert [row for row in rows if row.endswith("|  |")] == []
+
+
+def test_a_setting_of_the_cluster_is_laid_over_its_profile() -> None:
+    asked = ["cluster.requeue=false", "cluster.grace_s=900"]
+    config = load.resolve(load.load_preset("gptj"), asked, "single-node-8gpu")
+    assert (config.cluster.requeue, config.cluster.grace_s) == (False, 900)
+    assert config.cluster.executor == "slurm"  # the profile's
+    with pytest.raises(UserError, match=r"^cluster.bogus: unknown key"):
+        load.resolve(load.load_preset("gptj"), ["cluster.bogus=1"], "single-node-8gpu")

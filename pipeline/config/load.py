@@ -99,10 +99,10 @@ def resolve(tree: Tree, overrides: Sequence[str] = (), cluster: str | None = Non
     asked: Tree = {}
     for text in overrides:
         asked = merge(asked, parse_override(text))
-    tree = merge(_with_fidelity(tree, asked.get("fidelity", tree.get("fidelity")), where), asked)
+    tree = _with_fidelity(tree, asked.get("fidelity", tree.get("fidelity")), where)
     if cluster is not None:
         tree = {**tree, "cluster": load_cluster(cluster)}
-    return check(_with_absolute_paths(tree), where)
+    return check(_with_absolute_paths(merge(tree, asked)), where)
 
 
 ORIGINAL = "trlx"
