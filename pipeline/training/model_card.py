@@ -73,6 +73,11 @@ class Card:
     """The training's metrics."""
 
 
+_OF_THE_MACHINE = re.compile(r"(^|_)seconds?$|^metrics$")
+"""Figures of a machine's day, and where it keeps its files: the same training makes the same card, bit for bit, since
+what needs the model runs again when its folder has changed."""
+
+
 def write_card(folder: Path, run: RunDir, config: Config, card: Card) -> None:
     """Write the card of the model in `folder`."""
     atomic.write_text(folder / CARD, render_card(run, config, card))
@@ -125,7 +130,8 @@ def render_card(run: RunDir, config: Config, card: Card) -> str:
                 "seed": config.seed,
             }
         ),
-        "## Figures\n\n" + _facts({name: _figure(value) for name, value in card.figures.items()}),
+        "## Figures\n\n"
+        + _facts({name: _figure(value) for name, value in card.figures.items() if not _OF_THE_MACHINE.search(name)}),
     ]
     if curve := _curve(card.rows):
         blocks.append("## Training\n\n" + curve)
