@@ -88,6 +88,18 @@ def test_a_card_shows_the_curves_of_each_method(
     assert lines[lines.index(header) + 2] == last
 
 
+def test_the_same_training_makes_the_same_card_whenever_it_ran(tmp_path: Path) -> None:
+    """What needs the model runs again when its folder has changed, and only then."""
+    first, second = (
+        render_card(RunDir(tmp_path), config(), Card("SFT", (), {"loss": 0.5, **of_the_day}))
+        for of_the_day in (
+            {"train_seconds": 3.5, "seconds": 9.0, "tokens_per_second": 80.0, "metrics": "checkpoints/a/metrics.jsonl"},
+            {"train_seconds": 4.5, "seconds": 8.0, "tokens_per_second": 70.0, "metrics": "checkpoints/b/metrics.jsonl"},
+        )
+    )
+    assert first == second and "- loss: 0.5" in first
+
+
 def test_local_folders_are_no_hub_names(tmp_path: Path) -> None:
     text = render_card(RunDir(tmp_path), config(), Card("SFT", ("sft",), {}))
     front = yaml.safe_load(text.split("---\n")[1])
