@@ -44,12 +44,23 @@ def test_a_silent_rank_fails_with_the_same_status(capsys: pytest.CaptureFixture[
 
 ONE_KNOWS = """
 import os
+import socket
+import sys
+import time
 from pipeline.errors import UserError
 from pipeline.training.report_once import run_rank
 def main():
-    if os.environ["RANK"] == "1":
-        raise UserError("only rank 1 saw it; look there")
-    raise RuntimeError("connection closed by peer")
+    connection = socket.socket(socket.AF_UNIX)
+    if os.environ["RANK"] == "0":
+        connection.bind(sys.argv[1])
+        connection.listen()
+        peer, _ = connection.accept()
+        peer.recv(1)  # returns when the peer's process is gone
+        raise RuntimeError("connection closed by peer")
+    while connection.connect_ex(sys.argv[1]):
+        time.sleep(0.05)
+    globals()["held"] = connection
+    raise UserError("only rank 1 saw it; look there")
 if __name__ == "__main__":
     run_rank(main)
 """
@@ -60,7 +71,7 @@ def test_the_rank_that_knows_the_cause_decides_line_and_status(tmp_path: Path) -
     script.write_text(ONE_KNOWS)
     config = str(resource_dir("accelerate") / "ddp-cpu.yaml")
     launch = [sys.executable, "-m", "pipeline.training.launch", "--config_file", config, "--num_processes", "2"]
-    status, said = capture([*launch, str(script)], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout_s=120)
+    status, said = capture([*launch, str(script), str(tmp_path / "peer")], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout_s=120)
     assert status == 2, said
     assert said.count("error: only rank 1 saw it; look there") == 1
 
