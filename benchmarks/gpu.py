@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -261,15 +259,13 @@ def iteration_figures(trainer: Trainer, options: argparse.Namespace) -> dict[str
     Counted is what the update needs: forward and backward (twice the forward) of the trained layers at every position,
     and of the head where an answer's token is predicted. The backward of the lowest one is a little less than that.
     """
-    device = trainer.sampler.split.device
     phases, state = phases_of(trainer), TrainState(kl_coefficient=trainer.config.ppo.init_kl_coef)
     rows: list[Row] = []
     for number in range(options.rounds + 1):
-        if number == 1 and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
         state, row = one_phase(phases, state)
         rows += [row] if number else []
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss()
+    # The trainer reads a phase's peak, and starts it anew, at the phase's end.
+    peak = max(row.get("memory/peak_gpu_gib", row["memory/peak_rss_gib"]) for row in rows)
     shape, split = SHAPES[options.shape], trainer.sampler.split
     layers = sum(weight.numel() for weight in split.top.part.parameters())
     head = sum(weight.numel() for weight in split.top.head.parameters())
@@ -280,16 +276,10 @@ def iteration_figures(trainer: Trainer, options: argparse.Namespace) -> dict[str
     return {
         "samples_per_second": [options.rollouts / row["time/phase"] for row in rows],
         "update_flops": 3 * options.epochs * (layers_flops + head_flops),
-        "peak_memory_bytes": peak,
+        "peak_memory_gib": peak,
         **{name: [row[name] for row in rows] for name in names},
         "response_tokens": [row["tokens/response"] for row in rows],
     }
-
-
-def peak_rss() -> int:
-    """The most memory that this process has held, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def show(report: dict[str, Any], options: argparse.Namespace) -> None:
@@ -326,7 +316,7 @@ def show(report: dict[str, Any], options: argparse.Namespace) -> None:
             "",
         ),
         ("PPO iteration, samples/s a GPU", iteration["samples_per_second"], ">= 8"),
-        ("peak memory, GiB", [iteration["peak_memory_bytes"] / 2**30], ""),
+        ("peak memory, GiB", [iteration["peak_memory_gib"]], ""),
     ]
     print_figures(figures)
 

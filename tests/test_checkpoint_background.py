@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -125,3 +126,15 @@ def test_a_best_policy_stays_while_a_checkpoint_that_stays_knows_it(tmp_path: Pa
         checkpoints.save(accelerator, step, {"best_step": step})
     checkpoints.wait()
     assert [path.name for path in all_checkpoints(tmp_path, BEST)] == ["best-00000002", "best-00000004"]
+
+
+def test_best_weights_of_steps_that_a_resume_goes_back_behind_are_forgotten(tmp_path: Path) -> None:
+    checkpoints, accelerator, _ = background(tmp_path)
+    for step in (2, 4):
+        checkpoints.save_best(accelerator, step, 0.1 * step)
+        checkpoints.save(accelerator, step, {"best_step": step})
+    checkpoints.wait()
+    shutil.rmtree(tmp_path / "step-00000004")
+    assert (checkpoints.load(accelerator) or {})["step"] == 2
+    assert [path.name for path in all_checkpoints(tmp_path, BEST)] == ["best-00000002"]
+    assert (tmp_path / "best").resolve().name == "best-00000002"

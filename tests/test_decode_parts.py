@@ -9,6 +9,8 @@ import torch
 from helpers_ppo import tiny_model, tokenizer
 
 from pipeline.config.training import Generate
+from pipeline.errors import UserError
+from pipeline.training.critic import WideLinear
 from pipeline.training.decode import decode
 from pipeline.training.kv_cache import SlotCache
 from pipeline.training.phase import logprob_gap
@@ -113,3 +115,21 @@ def test_the_gap_between_sampler_and_trainer_is_told_in_nats_a_token() -> None:
     alone = SimpleNamespace(sum=lambda tensor: tensor, gather=lambda value: [value])
     row = logprob_gap(exp, alone)  # type: ignore[arg-type]
     assert row == {"rollout/logprob_gap_mean": 0.25, "rollout/logprob_gap_max": 0.5}
+
+
+def test_scores_that_are_not_numbers_are_one_line() -> None:
+    scores = torch.zeros(2, 5)
+    scores[1, 3] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        sample(scores, torch.full((2,), 0.5, dtype=torch.float64), Generate())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_values_of_a_policy_in_bfloat16_are_not_rounded_to_it(autocast: bool) -> None:
+    last = WideLinear(torch.nn.Linear(4, 1, dtype=torch.bfloat16))
+    torch.nn.init.constant_(last.weight, 1.0)
+    torch.nn.init.zeros_(last.bias)
+    states = torch.tensor([[1.0, 2**-9, 2**-9, 2**-9]], dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        value = last(states)
+    assert value.dtype == torch.float32 and value.item() == 1.0 + 3 * 2**-9

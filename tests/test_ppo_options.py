@@ -133,6 +133,12 @@ def test_rloo_and_grpo_by_hand() -> None:
     torch.testing.assert_close(grpo(returns, 3), torch.tensor([-3 / std, -1 / std, 4 / std, 0.0, 0.0, 0.0]))
 
 
+def test_returns_that_differ_by_rounding_alone_are_equal_to_grpo() -> None:
+    near = torch.tensor([0.1, 0.1, 0.1 + 2**-27, 3.0, 3.0, 3.0])
+    assert near[0] != near[2] and grpo(near, 3).tolist() == [0.0] * 6
+    assert grpo(torch.full((7,), 0.1), 7).tolist() == [0.0] * 7  # whose mean in float32 is not 0.1
+
+
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
 def test_a_groups_answers_are_compared_by_score_less_kl(exp: Experience, kind: str) -> None:
     targets = of(exp, advantage=kind, group_size=4)

@@ -71,7 +71,9 @@ def test_the_rank_that_knows_the_cause_decides_line_and_status(tmp_path: Path) -
     script.write_text(ONE_KNOWS)
     config = str(resource_dir("accelerate") / "ddp-cpu.yaml")
     launch = [sys.executable, "-m", "pipeline.training.launch", "--config_file", config, "--num_processes", "2"]
-    status, said = capture([*launch, str(script), str(tmp_path / "peer")], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout_s=120)
+    status, said = capture(
+        [*launch, str(script), str(tmp_path / "peer")], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout_s=120
+    )
     assert status == 2, said
     assert said.count("error: only rank 1 saw it; look there") == 1
 

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from pipeline.training.vocabulary import token_logprobs
 
@@ -76,9 +76,25 @@ class CountingHead(nn.Linear):
 def test_logits_are_made_chunk_by_chunk_and_again_for_the_gradient() -> None:
     head, (_, states, targets) = CountingHead(), head_and_states(torch.float32)
     logprobs, _ = token_logprobs(head, states, targets, 1.0, False, 3 * VOCABULARY)
-    assert head.asked == [3, 3, 1] and head.alive() == 0
+    assert head.asked == [3, 2, 2] and head.alive() == 0
     logprobs.sum().backward()  # type: ignore[no-untyped-call]
-    assert sorted(head.asked) == [1, 1, 3, 3, 3, 3]
+    assert sorted(head.asked) == [2, 2, 2, 2, 3, 3]
+
+
+def test_all_ranks_call_a_head_that_is_spread_over_them_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call gathers the weight: a rank with fewer positions takes as many, smaller, chunks."""
+
+    def the_other_rank_needs_four(most: Tensor, op: object) -> None:
+        most.clamp_(min=4)
+
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "all_reduce", the_other_rank_needs_four)
+    head, (plain, states, targets) = CountingHead(), head_and_states(torch.float32)
+    head.load_state_dict(plain.state_dict())
+    head.weight.ds_id = 0  # as DeepSpeed marks it
+    logprobs, _ = token_logprobs(head, states, targets, 1.0, False, 3 * VOCABULARY)
+    assert head.asked == [2, 2, 2, 1]
+    torch.testing.assert_close(logprobs.double(), full(plain, states, targets, 1.0)[0], atol=1e-6, rtol=1e-6)
 
 
 def test_positions_that_fit_are_computed_once() -> None:

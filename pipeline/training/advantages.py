@@ -88,11 +88,14 @@ def rloo(returns: Tensor, group: int) -> Tensor:
 def grpo(returns: Tensor, group: int) -> Tensor:
     """Returns (N,) less their group's mean, divided by its (unbiased) standard deviation; 0 in a group of equals.
 
-    Shao et al. 2024, arXiv:2402.03300, section 4.1.2.
+    Shao et al. 2024, arXiv:2402.03300, section 4.1.2. Equal is what differs by no more than the returns' own rounding,
+    which would else be blown up to advantages of about 1.
     """
-    groups = returns.view(-1, group)
+    groups = returns.view(-1, group).double()
     centred = groups - groups.mean(dim=1, keepdim=True)
-    return (centred / (groups.std(dim=1, keepdim=True) + 1e-6)).view(-1)
+    spread = groups.std(dim=1, keepdim=True)
+    rounding = 8.0 * torch.finfo(returns.dtype).eps * groups.abs().amax(dim=1, keepdim=True)
+    return torch.where(spread > rounding, centred / (spread + 1e-6), 0.0).view(-1).to(returns.dtype)
 
 
 def whiten(values: Tensor, spread: Spread, shift_mean: bool = True) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import resource
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from pipeline.training.policy import Policy
 from pipeline.training.ranks import Ranks
 
 _PEAKS = {
@@ -38,8 +40,10 @@ class Arithmetic:
     trunk: int
     top: int
     head: int
-    extra: int
-    """What the policy holds beside top and head: its value function, and adapters."""
+    value: int
+    """A value head, which meets sampled tokens."""
+    critic: int
+    """A critic of its own, which reads every token."""
     trained: int
 
     def phase(self, tokens: int, response: int, epochs: float) -> float:
@@ -47,25 +51,26 @@ class Arithmetic:
 
         Two a weight and token for a forward, two for the gradient of what enters and two for that of a trained weight
         (Kaplan et al. 2020, arXiv:2001.08361, section 2.1, without attention's own). Sampling passes the whole model,
-        the old policy and the reference their tops, an epoch the top alone; only sampled tokens meet head and value.
+        the old policy and the reference their tops, an epoch the top alone; sampled tokens meet head and value head.
         """
         once = 2.0 * (self.top * tokens + self.head * response)
-        value = 2.0 * self.extra * response
+        values = 2.0 * (self.value * response + self.critic * tokens)
         sample = 2.0 * self.trunk * tokens + once
-        return sample + 2.0 * once + value + self.update(tokens, response, epochs)
+        return sample + 2.0 * once + values + self.update(tokens, response, epochs)
 
     def update(self, tokens: int, response: int, epochs: float) -> float:
         """FLOPs of the epochs alone."""
-        forward = 2.0 * (self.top * tokens + (self.head + self.extra) * response)
-        whole = self.top + self.head + self.extra
+        forward = 2.0 * ((self.top + self.critic) * tokens + (self.head + self.value) * response)
+        whole = self.top + self.head + self.value + self.critic
         return epochs * forward * (2.0 + min(1.0, self.trained / max(1, whole)))
 
 
-def arithmetic(trunk: nn.Module, top: nn.Module, head: nn.Module, policy: nn.Module) -> Arithmetic:
-    """Counted from the modules; `policy` holds top and head."""
-    sizes = [_weights(part) for part in (trunk, top, head, policy)]
-    trained = _weights(policy, trained=True)
-    return Arithmetic(sizes[0], sizes[1], sizes[2], max(0, sizes[3] - sizes[1] - sizes[2]), trained)
+def arithmetic(trunk: nn.Module, policy: Policy) -> Arithmetic:
+    """Counted from the modules."""
+    parts = (policy.top.part, policy.top.head, policy.value, policy.critic)
+    top, head, value, critic = map(_weights, parts)
+    trained = sum(_weights(part, trained=True) for part in parts)
+    return Arithmetic(_weights(trunk), top, head, value, critic, trained)
 
 
 def peak_flops(device: torch.device, given_tflops: float | None) -> float | None:
@@ -89,11 +94,14 @@ def memory_row(ranks: Ranks) -> dict[str, float]:
     return {name: max(each[name] for each in everyone) for name in row}
 
 
-def _weights(module: nn.Module, trained: bool = False) -> int:
-    """Entries of the matrices, but for embeddings."""
+def _weights(module: nn.Module | None, trained: bool = False) -> int:
+    """Entries of the matrices, but for embeddings; also of those that ZeRO-3 has spread over the ranks."""
+    if module is None:
+        return 0
     looked_up = {id(each.weight) for each in module.modules() if isinstance(each, nn.Embedding)}
-    return sum(
-        parameter.numel()
+    shapes = [
+        getattr(parameter, "ds_shape", parameter.shape)
         for parameter in module.parameters()
-        if parameter.ndim >= 2 and id(parameter) not in looked_up and (parameter.requires_grad or not trained)
-    )
+        if id(parameter) not in looked_up and (parameter.requires_grad or not trained)
+    ]
+    return sum(math.prod(shape) for shape in shapes if len(shape) >= 2)

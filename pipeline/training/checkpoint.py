@@ -126,6 +126,7 @@ class Checkpoints:
             accelerator.load_state(str(found))
         self._loaded = found
         if self._ranks.first:
+            self._drop_best_beyond(int(state["step"]))
             logger.info("resumed from %s", found)
         return state
 
@@ -205,6 +206,16 @@ class Checkpoints:
 
     def _cleaned(self, unfinished: Path) -> _Cleaned:
         return _Cleaned(unfinished if self._ranks.first else None)
+
+    def _drop_best_beyond(self, step: int) -> None:
+        """Forget best weights that the training, resumed at `step`, has not come to yet."""
+        kept = [path for path in all_checkpoints(self.folder, BEST) if int(path.name.removeprefix(BEST)) <= step]
+        for path in set(all_checkpoints(self.folder, BEST)) - set(kept):
+            shutil.rmtree(path)
+        if kept:
+            atomic.replace_symlink(self.folder / "best", kept[-1])
+        else:
+            (self.folder / "best").unlink(missing_ok=True)
 
     def _newest(self) -> Path | None:
         """The newest intact checkpoint. What is unfinished, and what is newer but damaged, is removed."""

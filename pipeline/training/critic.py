@@ -19,6 +19,21 @@ from pipeline.training.models import disable_dropout, load_reward_model
 from pipeline.training.split import unregister_buffers
 
 
+class WideLinear(nn.Linear):
+    """A linear layer that computes in float32 whatever its weights and its input are: a value in bfloat16 is off by up
+    to 1/256 of itself, which advantages, as differences of values, would be made of."""
+
+    def __init__(self, like: nn.Linear) -> None:
+        super().__init__(like.in_features, like.out_features, device="meta")
+        self.weight = like.weight
+        self.bias = like.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return nn.functional.linear(input.float(), self.weight.float(), bias)
+
+
 class Critic(nn.Module):
     """Values of positions from ids: a causal model's last hidden states under a linear head with one output."""
 
@@ -28,7 +43,7 @@ class Critic(nn.Module):
         if not isinstance(score, nn.Linear) or score.out_features != 1:
             raise UserError(f"ppo.critic: {type(model).__name__}'s score head is not linear; take critic = head")
         self.body = model.base_model
-        self.score = nn.Linear(score.in_features, 1).to(score.weight)
+        self.score = WideLinear(nn.Linear(score.in_features, 1).to(score.weight))
         with torch.no_grad():
             self.score.weight.copy_(score.weight)
             self.score.bias.fill_(bias + (0.0 if score.bias is None else float(score.bias)))
@@ -40,7 +55,7 @@ class Critic(nn.Module):
     ) -> Tensor:  # (n,) float32
         """The values at `index`. Rows start at position 0, so causality alone hides the padding."""
         hidden = self.body(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[index]  # (n, H)
-        values: Tensor = self.score(hidden).squeeze(-1).float()
+        values: Tensor = self.score(hidden).squeeze(-1)
         return values
 
 

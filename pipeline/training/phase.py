@@ -69,7 +69,7 @@ class Phases:
             responses, pending = self.sampler.sample(
                 prompts, generator, ppo.chunk_size, lambda: bool(self.stop), ppo.dense_reward_every
             )
-        if ranks.any(bool(self.stop)):
+        if ranks.any(len(responses) < len(prompts)):
             return None
         sampled = time.monotonic()
 
@@ -172,9 +172,7 @@ class Phases:
     def arithmetic_row(self, phase: OpenPhase, row: Row) -> Row:
         """FLOP/s of all devices together, and their share of the devices' peak where that is known."""
         split, world = self.sampler.split, self.ranks.world
-        counts = arithmetic(
-            split.trunk, split.top.part, split.top.head, self.updater.accelerator.unwrap_model(self.updater.policy)
-        )
+        counts = arithmetic(split.trunk, self.updater.accelerator.unwrap_model(self.updater.policy))
         steps = sum(len(plan) for plan in phase.plans)
         epochs = self.config.ppo.ppo_epochs * (phase.step - phase.first) / steps
         response = row["tokens/response"]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.training.critic import Critic
+from pipeline.training.critic import Critic, WideLinear
 from pipeline.training.split import Top
 from pipeline.training.vocabulary import token_logprobs
 
@@ -57,7 +57,7 @@ class Policy(nn.Module):
             values: Tensor = self.critic(ids, index)
         else:
             assert self.value is not None
-            values = self.value(hidden).squeeze(-1).float()
+            values = self.value(hidden).squeeze(-1)
         return values
 
 
@@ -72,7 +72,7 @@ def value_head(hidden_size: int, seed: int) -> nn.Sequential:
         first, last = nn.Linear(hidden_size, 2 * hidden_size), nn.Linear(2 * hidden_size, 1)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
-    return nn.Sequential(first, nn.ReLU(), last)
+    return nn.Sequential(first, nn.ReLU(), WideLinear(last))
 
 
 @torch.no_grad()

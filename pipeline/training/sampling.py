@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.training import Generate
+from pipeline.errors import UserError
 
 
 def luck_of(rows: int, steps: int, generator: torch.Generator) -> Tensor:
@@ -30,6 +31,11 @@ def sample(scores: Tensor, luck: Tensor, generate: Generate) -> tuple[Tensor, Te
     total = mass[:, -1:]
     if generate.top_k or generate.top_p < 1.0:
         mass = keep_likely(scaled, generate.top_k, generate.top_p).exp().cumsum(dim=-1, dtype=torch.float64)
+    if not bool(torch.isfinite(mass[:, -1]).all()):
+        raise UserError(
+            "the policy's scores of the next token are not finite; resume from before they became so, with a "
+            "lower optimizer.lr"
+        )
     place = luck[:, None].to(mass) * mass[:, -1:]
     tokens = torch.searchsorted(mass, place, right=True)  # (b, 1): the first id whose mass reaches beyond the place
     logprobs = scaled.gather(-1, tokens) - total.log().float()

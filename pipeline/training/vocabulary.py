@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
 MAX_LOGITS = 2**25
@@ -27,8 +27,9 @@ def token_logprobs(
     """Log-probabilities (n,) of `targets` under softmax(head(hidden) / temperature), and entropies (n,), in float32.
 
     Both carry gradients. `head` is a linear module, called as one, so that whatever wraps it (ZeRO-3's gathering,
-    adapters) takes part. The temperature belongs to the policy that was sampled from. Top-k and top-p do not enter:
-    they only shorten the tail of what is sampled, as in trlX.
+    adapters) takes part; under ZeRO-3 all ranks are to come here at the same time. The temperature belongs to the
+    policy that was sampled from. Top-k and top-p do not enter: they only shorten the tail of what is sampled, as in
+    trlX.
     """
 
     def some(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -37,12 +38,11 @@ def token_logprobs(
         )
         return logprobs, entropy if with_entropy else None
 
-    rows = max(1, max_logits // _vocabulary(head))
-    if len(hidden) <= rows:
+    chunks = _chunks(head, len(hidden), max_logits)
+    if chunks == 1:
         return some(hidden, targets)
     parts = []
-    for start in range(0, len(hidden), rows):
-        chunk = (hidden[start : start + rows], targets[start : start + rows])
+    for chunk in zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), strict=True):
         if torch.is_grad_enabled():  # the logits are dropped, and computed again by the backward pass
             parts.append(checkpoint(some, *chunk, use_reentrant=False, preserve_rng_state=False))
         else:
@@ -91,6 +91,19 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
     """Logits in (at least) float32, divided by the temperature; not to be written to: it may be `logits` itself."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return wide if temperature == 1.0 else wide / temperature
+
+
+def _chunks(head: nn.Module, positions: int, max_logits: int) -> int:
+    """In how many parts the positions meet the head. Where its weight is spread over the ranks (ZeRO-3), each call
+    gathers it, so all ranks take as many as the one with the most positions needs."""
+    chunks = -(-max(1, positions) // max(1, max_logits // _vocabulary(head)))
+    weight = head.weight
+    if hasattr(weight, "ds_id") and distributed.is_initialized():
+        assert isinstance(weight, Tensor)
+        most = torch.tensor(chunks, device=weight.device)
+        distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
+        chunks = int(most)
+    return chunks
 
 
 def _vocabulary(head: nn.Module) -> int:
