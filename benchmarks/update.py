@@ -39,6 +39,7 @@ from _common import (
 from pipeline.data.tokens import encode
 from pipeline.errors import run_command
 from pipeline.training.metrics import Row
+from pipeline.training.packed import attention_of
 from pipeline.training.state import TrainState
 from pipeline.training.trainer import Trainer
 
@@ -155,13 +156,13 @@ class Remembered:
 
 @contextlib.contextmanager
 def trunk_before_each_forward(trainer: Trainer) -> Iterator[None]:
-    """Switch off what the states are kept for: policy's and reference's tops take ids (B, T, 1) in their place."""
+    """Switch off what the states are kept for: policy's and reference's tops take ids (1, T, 1) in their place."""
     trunk = trainer.sampler.split.trunk
 
     def states_of(_part: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         ids, *rest = arguments
-        with torch.no_grad():
-            states = trunk(ids.squeeze(-1).long(), *rest, **named)  # (B, T, H)
+        with torch.no_grad(), attention_of(trunk):
+            states = trunk(ids.squeeze(-1).long(), *rest, **named)  # (1, T, H)
         return (states, *rest), named
 
     policy = trainer.updater.accelerator.unwrap_model(trainer.updater.policy)

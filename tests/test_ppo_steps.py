@@ -10,7 +10,7 @@ from helpers_ppo import tiny_config, tiny_model
 from helpers_update import ALONE, SCORES, phase, settings, trained, updater
 
 from pipeline.errors import UserError
-from pipeline.training.microbatches import Limits, cut, padded_tokens, plan_phase, split_further
+from pipeline.training.microbatches import Limits, cut, plan_phase, split_further
 from pipeline.training.ranks import Ranks
 from pipeline.training.split import split_model
 from pipeline.training.update import targets_of
@@ -21,13 +21,9 @@ WIDTHS = [10, 3, 7, 7, 2, 9, 4, 5]
 
 def test_a_forward_is_filled_to_its_limits_with_rows_of_like_width() -> None:
     assert cut(range(8), WIDTHS, Limits(4)) == [[4, 1, 6, 7], [2, 3, 5, 0]]
-    assert cut(range(8), WIDTHS, Limits(8, tokens=15)) == [[4, 1, 6], [7, 2], [3], [5], [0]]
+    assert cut(range(8), WIDTHS, Limits(8, tokens=15)) == [[4, 1, 6, 7], [2, 3], [5], [0]]
     assert cut(range(8), WIDTHS, Limits(2, tokens=15)) == [[4, 1], [6, 7], [2, 3], [5], [0]]
     assert cut([0, 5], WIDTHS, Limits(8, tokens=1)) == [[5], [0]], "a row longer than the limit goes alone"
-
-
-def test_padding_is_what_narrow_rows_are_short_of_the_widest() -> None:
-    assert padded_tokens([[[[0, 1], [4]]]], WIDTHS) == (22, 15)
 
 
 def test_the_largest_forwards_are_halved_until_there_are_enough() -> None:

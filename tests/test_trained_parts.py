@@ -65,7 +65,7 @@ def test_all_layers_take_the_step_that_the_whole_model_would_take() -> None:
     policy = Policy(split.top, split.hidden_size, seed=1)
     responses = rollouts(split)
     batch = collate(responses, [2, 0, 3], Packing([len(response.tokens) for response in responses]))
-    policy(batch.states, batch.index, batch.targets, TEMPERATURE).logprobs.sum().backward()
+    policy(batch.states, batch.lengths, batch.index, batch.targets, TEMPERATURE).logprobs.sum().backward()
     got = {name: weight.grad.clone() for name, weight in split.whole.named_parameters() if weight.grad is not None}
     split.whole.zero_grad()
     for row in (2, 0, 3):
@@ -85,7 +85,7 @@ def test_a_critic_starts_as_the_reward_models_scores_before_each_token() -> None
     responses = rollouts(split)
     batch = collate(responses, [2, 0], Packing([len(response.tokens) for response in responses]))
     with torch.no_grad():
-        values = policy(batch.states, batch.index, batch.targets, 1.0, ids=batch.ids).values
+        values = policy(batch.states, batch.lengths, batch.index, batch.targets, 1.0, ids=batch.ids).values
         slow = []
         for response in (responses[2], responses[0]):
             for length in range(len(response.prompt), len(response.prompt) + len(response.tokens)):

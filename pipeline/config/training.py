@@ -54,8 +54,7 @@ class Train(Section):
     micro_batch_size: int | None = Field(None, ge=1)
     """Rollouts or answers per forward; None takes batch_size. Accumulation does not change the result."""
     micro_batch_tokens: int | None = Field(None, ge=1)
-    """Padded tokens per forward, rows of like length together; None counts rows only. Nor does this change the
-    result."""
+    """Tokens per forward (ILQL's with padding); None counts rows only. Nor does this change the result."""
     total_steps: int = Field(10000, ge=1)
     """Optimiser steps."""
     eval_interval: int = Field(500, ge=1)

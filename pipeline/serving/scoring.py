@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import groupby
@@ -30,7 +31,8 @@ MAX_PADDING = 0.05
 PACKABLE = ("gpt2", "gpt_neox", "gptj", "llama", "mistral", "opt", "qwen2", "qwen3")
 """Model types of which nothing but attention looks from one token to another, and positions can be given."""
 
-_PACKED = "hh_packed"
+PACKED = "hh_packed"
+"""The name of `packed_attention` among transformers' implementations."""
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,16 @@ class _Layout:
 
 _LAYOUT: ContextVar[_Layout] = ContextVar("layout")
 """A variable of the context, since not every architecture hands arguments down to its attention."""
+
+
+@contextmanager
+def laid_out(lengths: Sequence[int], bounds: torch.Tensor | None = None) -> Iterator[None]:
+    """`packed_attention` inside finds sequences of these lengths in its row; `bounds` as in `_Layout`."""
+    token = _LAYOUT.set(_Layout(list(lengths), bounds))
+    try:
+        yield
+    finally:
+        _LAYOUT.reset(token)
 
 
 def packed_attention(
@@ -134,14 +146,14 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> torch
     return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
-def _gptj_attention(
+def gptj_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, None]:
     """`packed_attention` in the place of GPT-J's own, which has no choice of implementations."""
     return packed_attention(None, query, key, value)[0].transpose(1, 2), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(_PACKED, packed_attention)
+ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)
 
 
 class RewardModel:
@@ -263,13 +275,10 @@ class RewardModel:
         ids = torch.tensor([token for row in rows for token in row], device=self.device)  # (N,)
         positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)  # (N,)
         bounds = torch.cat([torch.zeros(1, dtype=torch.long), counted.cumsum(0)]).to(self.device)  # (B + 1,)
-        token = _LAYOUT.set(_Layout(lengths, bounds.int() if self.flash else None))
-        try:
+        with laid_out(lengths, bounds.int() if self.flash else None):
             hidden: torch.Tensor = self.model.base_model(
                 input_ids=ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False
             ).last_hidden_state  # (1, N, D)
-        finally:
-            _LAYOUT.reset(token)
         return hidden[0, bounds[1:] - 1]
 
     def _padded_states(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -288,8 +297,8 @@ def _pack_attention(model: Any) -> None:
     """Make a model's attention `packed_attention`."""
     if model.config.model_type == "gptj":
         for block in model.base_model.h:
-            block.attn._attn = _gptj_attention
-    model.config._attn_implementation = _PACKED
+            block.attn._attn = gptj_attention
+    model.config._attn_implementation = PACKED
 
 
 def _choose_flash(attention: str, device: torch.device, dtype: torch.dtype) -> bool:

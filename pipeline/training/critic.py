@@ -8,6 +8,7 @@ minus the baselines' mean; the rest (the division by sigma, scores of half an an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
 from pipeline.training.models import disable_dropout, load_reward_model
+from pipeline.training.packed import is_packable, packed
 from pipeline.training.split import unregister_buffers
 
 
@@ -42,6 +44,10 @@ class Critic(nn.Module):
         score = model.score
         if not isinstance(score, nn.Linear) or score.out_features != 1:
             raise UserError(f"ppo.critic: {type(model).__name__}'s score head is not linear; take critic = head")
+        if not is_packable(model.config.model_type):
+            raise UserError(
+                f"ppo.critic: cannot train a reward model of the type '{model.config.model_type}'; take critic = head"
+            )
         self.body = model.base_model
         self.score = WideLinear(nn.Linear(score.in_features, 1).to(score.weight))
         with torch.no_grad():
@@ -50,11 +56,13 @@ class Critic(nn.Module):
 
     def forward(
         self,
-        ids: Tensor,  # (B, T), anything behind each row's end
-        index: Tensor,  # (n,) places in B*T
+        ids: Tensor,  # (1, T), rows one behind the other
+        lengths: Sequence[int],  # of the rows, T in all
+        index: Tensor,  # (n,) places in T
     ) -> Tensor:  # (n,) float32
-        """The values at `index`. Rows start at position 0, so causality alone hides the padding."""
-        hidden = self.body(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[index]  # (n, H)
+        """The values at `index`."""
+        with packed(self.body, lengths, ids.device) as positions:
+            hidden = self.body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0, index]
         values: Tensor = self.score(hidden).squeeze(-1)
         return values
 

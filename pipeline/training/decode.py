@@ -114,7 +114,8 @@ class _Batch:
         self._caches = split.trunk.new_cache(), split.top.part.new_cache()
         for cache in self._caches:
             cache.reserve(slots, self._length)
-        self._eager = split.whole.config._attn_implementation == "eager"
+        config = split.whole.config
+        self._eager = config._attn_implementation == "eager" and config.model_type != "gptj"
         self.rows: list[int] = []
         """The row in each slot that is taken."""
         self._lengths: list[int] = []  # positions that the slot holds

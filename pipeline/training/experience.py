@@ -17,18 +17,20 @@ from pipeline.training.decode import Response
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows for one forward, right-padded, and where their sampled tokens are."""
+    """Rows for one forward, one behind the other, T tokens in all, and where their sampled tokens are."""
 
+    lengths: tuple[int, ...]
+    """The rows' tokens."""
     states: Tensor
-    """(B, T, H): hidden states at the cut, zeros behind each row's end; ids (B, T) where there is no trunk."""
+    """(1, T, H): hidden states at the cut; ids (1, T) where there is no trunk."""
     index: Tensor
-    """(n,): places in B*T whose hidden state predicts a sampled token."""
+    """(n,): places in T whose hidden state predicts a sampled token."""
     targets: Tensor
     """(n,): the sampled ids."""
     packed: Tensor
     """(n,): the tokens' places in the phase's packed tensors."""
     ids: Tensor
-    """(B, T): the ids at the states' positions, zeros behind each row's end."""
+    """(1, T): the ids at the states' positions."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,12 @@ class Batches:
         for rows in forwards:
             if tuple(rows) in self._slices:
                 continue
-            width = max(len(responses[row].states) for row in rows)
-            for place, row in enumerate(rows):
-                first = place * width + len(responses[row].prompt) - 1
+            before = 0
+            for row in rows:
+                first = before + len(responses[row].prompt) - 1
                 steps = torch.arange(packing.lengths[row])
                 places.append(torch.stack([first + steps, offsets[row] + steps]))
+                before += len(responses[row].states)
             start, end = end, end + sum(packing.lengths[row] for row in rows)
             self._slices[tuple(rows)] = slice(start, end)
         device = responses[0].states.device
@@ -86,10 +89,11 @@ class Batches:
 
     def of(self, rows: Sequence[int]) -> MicroBatch:
         """The micro-batch of some rows. Sampled ids are taken as they were sampled."""
-        states = pad_sequence([self._responses[row].states for row in rows], batch_first=True)  # (B, T, H)
+        parts = [self._responses[row].states for row in rows]
         index, packed = self._places[:, self._slices[tuple(rows)]]
-        ids = pad_sequence([self._ids[row] for row in rows], batch_first=True)  # (B, T)
-        return MicroBatch(states, index, self._targets[packed], packed, ids)
+        ids = torch.cat([self._ids[row] for row in rows])
+        lengths = tuple(len(part) for part in parts)
+        return MicroBatch(lengths, torch.cat(parts)[None], index, self._targets[packed], packed, ids[None])
 
 
 def collate(responses: Sequence[Response], rows: Sequence[int], packing: Packing) -> MicroBatch:

@@ -22,7 +22,7 @@ class Limits:
 
     rows: int
     tokens: int | None = None
-    """Padded tokens, rows times the longest; None counts rows only. A row that is longer goes alone."""
+    """Of all rows together; None counts rows only. A row that is longer goes alone."""
 
 
 def limits_of(train: Train) -> Limits:
@@ -51,7 +51,7 @@ def plan_phase(
 
 
 def plan_epoch(widths: Sequence[int], batch_size: int, limits: Limits, order: Sequence[int]) -> list[Minibatch]:
-    """Cut the rows, in `order`, into minibatches; inside each, rows of like width share a micro-batch.
+    """Cut the rows, in `order`, into minibatches; inside each, rows of like length share a micro-batch.
 
     Which rows meet in an optimiser step is left to chance; how a step is cut into forwards is not part of the result.
     """
@@ -61,13 +61,14 @@ def plan_epoch(widths: Sequence[int], batch_size: int, limits: Limits, order: Se
 def cut(rows: Sequence[int], widths: Sequence[int], limits: Limits) -> Minibatch:
     """A step's rows, narrow ones first, in micro-batches that are filled as far as the limits go."""
     parts: Minibatch = []
-    for row in sorted(rows, key=lambda row: (widths[row], row)):
-        more = len(parts[-1]) + 1 if parts else 0
-        fits = 0 < more <= limits.rows and (limits.tokens is None or more * widths[row] <= limits.tokens)
-        if fits:
+    tokens = 0
+    for row in sorted(rows, key=lambda row: (widths[row], row)):  # attention takes equal lengths together
+        tokens += widths[row]
+        if parts and len(parts[-1]) < limits.rows and (limits.tokens is None or tokens <= limits.tokens):
             parts[-1].append(row)
         else:
             parts.append([row])
+            tokens = widths[row]
     return parts
 
 
@@ -79,10 +80,3 @@ def split_further(minibatch: Minibatch, count: int) -> Minibatch:
         half = -(-len(parts[place]) // 2)
         parts[place : place + 1] = [parts[place][:half], parts[place][half:]]
     return parts
-
-
-def padded_tokens(plans: Sequence[Sequence[Minibatch]], widths: Sequence[int]) -> tuple[int, int]:
-    """Tokens of all forwards with their padding, and without."""
-    forwards = [rows for plan in plans for step in plan for rows in step]
-    padded = sum(len(rows) * max(widths[row] for row in rows) for rows in forwards)
-    return padded, sum(widths[row] for rows in forwards for row in rows)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.training.critic import Critic, WideLinear
+from pipeline.training.packed import packed
 from pipeline.training.split import Top
 from pipeline.training.vocabulary import token_logprobs
 
@@ -34,27 +36,25 @@ class Policy(nn.Module):
 
     def forward(
         self,
-        states: Tensor,  # (B, T, H), zeros behind each row's end; ids (B, T) where there is no trunk
-        index: Tensor,  # (n,) places in B*T whose hidden state predicts a sampled token
+        states: Tensor,  # (1, T, H), rows one behind the other; ids (1, T) where there is no trunk
+        lengths: Sequence[int],  # of the rows, T in all
+        index: Tensor,  # (n,) places in T whose hidden state predicts a sampled token
         targets: Tensor,  # (n,) the sampled ids
         temperature: float,
         with_entropy: bool = False,
         values_alone: bool = False,
-        ids: Tensor | None = None,  # (B, T), of the same positions; what a critic of its own reads
+        ids: Tensor | None = None,  # (1, T), of the same positions; what a critic of its own reads
     ) -> TokenOutputs:
-        """Rows start at position 0 and are padded on the right, so causality alone hides the padding.
-
-        `values_alone`: no gradient of the values reaches the language model, as while only the critic is trained.
-        """
-        hidden = self.top.part(states).flatten(0, 1)[index]  # (n, H): only these meet the vocabulary
+        """`values_alone`: no gradient of the values reaches the language model, as while only the critic is trained."""
+        hidden = _hidden(self.top, states, lengths, index)  # (n, H): only these meet the vocabulary
         logprobs, entropy = token_logprobs(self.top.head, hidden, targets, temperature, with_entropy)
-        values = self._values(hidden.detach() if values_alone else hidden, ids, index)
+        values = self._values(hidden.detach() if values_alone else hidden, ids, lengths, index)
         return TokenOutputs(logprobs, values, entropy)
 
-    def _values(self, hidden: Tensor, ids: Tensor | None, index: Tensor) -> Tensor:
+    def _values(self, hidden: Tensor, ids: Tensor | None, lengths: Sequence[int], index: Tensor) -> Tensor:
         """Values (n,), from the policy's last hidden states (n, H) or from the critic."""
         if self.critic is not None:
-            values: Tensor = self.critic(ids, index)
+            values: Tensor = self.critic(ids, lengths, index)
         else:
             assert self.value is not None
             values = self.value(hidden).squeeze(-1)
@@ -76,7 +76,16 @@ def value_head(hidden_size: int, seed: int) -> nn.Sequential:
 
 
 @torch.no_grad()
-def reference_logprobs(top: Top, states: Tensor, index: Tensor, targets: Tensor, temperature: float) -> Tensor:
+def reference_logprobs(
+    top: Top, states: Tensor, lengths: Sequence[int], index: Tensor, targets: Tensor, temperature: float
+) -> Tensor:
     """Log-probabilities (n,) of the same tokens under a frozen top over the same states."""
-    hidden = top.part(states).flatten(0, 1)[index]
+    hidden = _hidden(top, states, lengths, index)
     return token_logprobs(top.head, hidden, targets, temperature, False)[0]
+
+
+def _hidden(top: Top, states: Tensor, lengths: Sequence[int], index: Tensor) -> Tensor:
+    """The last hidden states (n, H) at `index` of rows of these lengths."""
+    with packed(top.part, lengths, states.device) as positions:
+        hidden: Tensor = top.part(states, None, positions)  # (1, T, H)
+    return hidden[0, index]

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.gptj.modeling_gptj import GPTJAttention
 
 Segment = tuple[int, int, int]
 """Rows first to last (exclusive), and the columns that they may look at."""
@@ -44,16 +46,27 @@ def segments_of(lengths: Sequence[int]) -> list[Segment]:
 
 @contextmanager
 def ragged_attention(*parts: nn.Module) -> Iterator[None]:
-    """Have the parts' attention look at `in_segments`, where it is transformers' "sdpa"; others do without."""
-    held = [getattr(module, "config", None) for part in parts for module in part.modules()]
-    configs: dict[int, Any] = {id(one): one for one in held if getattr(one, "_attn_implementation", None) == "sdpa"}
+    """Have the parts' attention look at `in_segments`, where it is transformers' "sdpa"; others do without.
+
+    GPT-J's own, which is written out and widens the whole cache to float32 at each step, is replaced by torch's.
+    """
+    modules = [module for part in parts for module in part.modules()]
+    held: list[Any] = [module.config for module in modules if hasattr(module, "config")]
+    written_out = [module for module in modules if isinstance(module, GPTJAttention)]
+    taken = ("sdpa", "eager") if written_out else ("sdpa",)
+    configs = {id(config): config for config in held if getattr(config, "_attn_implementation", None) in taken}
+    before = {key: config._attn_implementation for key, config in configs.items()}
     for config in configs.values():
         config._attn_implementation = _NAME
+    for module in written_out:
+        module._attn = _gptj_attention
     try:
         yield
     finally:
-        for config in configs.values():
-            config._attn_implementation = "sdpa"
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
+        for module in written_out:
+            del module._attn
 
 
 @contextmanager
@@ -88,6 +101,27 @@ def _attention(
             attention_mask[first:last, ..., :width],
             **named,
         )[0]
+        for first, last, width in segments
+    ]
+    return torch.cat(parts), None
+
+
+def _gptj_attention(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
+) -> tuple[Tensor, None]:
+    """The same for GPT-J, whose result is (b, heads, T, D)."""
+    segments: Sequence[Segment] = _segments.get()
+    if len(segments) < 2 or attention_mask is None:
+        segments = ((0, len(query), key.shape[2]),)
+    alone = attention_mask is None and query.shape[2] > 1
+    parts = [
+        scaled_dot_product_attention(
+            query[first:last],
+            key[first:last, :, :width],
+            value[first:last, :, :width],
+            None if attention_mask is None else attention_mask[first:last, ..., :width],
+            is_causal=alone,
+        )
         for first, last, width in segments
     ]
     return torch.cat(parts), None

@@ -20,6 +20,9 @@ from pipeline.training.ranks import Ranks
 from pipeline.training.split import Top
 from pipeline.training.spread import merged, part_of
 
+Reference = Callable[[Tensor, Sequence[int], Tensor, Tensor], Tensor]
+"""(states, lengths, index, targets) of a micro-batch -> log-probabilities of the targets."""
+
 
 @dataclass(frozen=True)
 class Experience:
@@ -48,7 +51,7 @@ class Targets:
 @torch.no_grad()
 def experience(
     policy: Callable[..., Any],
-    reference: Callable[[Tensor, Tensor, Tensor], Tensor],
+    reference: Reference,
     responses: Sequence[Response],
     first_epoch: Sequence[Minibatch],
     temperature: float,
@@ -65,22 +68,21 @@ def experience(
     batches = Batches(responses, packing, forwards)
     for rows in forwards:
         batch = batches.of(rows)
-        outputs = policy(batch.states, batch.index, batch.targets, temperature, with_entropy=True, ids=batch.ids)
+        where = (batch.states, batch.lengths, batch.index, batch.targets)
+        outputs = policy(*where, temperature, with_entropy=True, ids=batch.ids)
         logprobs[batch.packed] = outputs.logprobs
         values[batch.packed] = outputs.values
         entropy[batch.packed] = outputs.entropy
-        ref[batch.packed] = reference(batch.states, batch.index, batch.targets)
+        ref[batch.packed] = reference(*where)
     return Experience(responses, packing, logprobs, ref, values, entropy)
 
 
-def reference_function(
-    top: Top, temperature: float, autocast: Callable[[], Any]
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The reference policy's log-probabilities as a function of (states, index, targets)."""
+def reference_function(top: Top, temperature: float, autocast: Callable[[], Any]) -> Reference:
+    """The reference policy's log-probabilities."""
 
-    def logprobs(states: Tensor, index: Tensor, targets: Tensor) -> Tensor:
+    def logprobs(states: Tensor, lengths: Sequence[int], index: Tensor, targets: Tensor) -> Tensor:
         with autocast():
-            return reference_logprobs(top, states, index, targets, temperature)
+            return reference_logprobs(top, states, lengths, index, targets, temperature)
 
     return logprobs
 

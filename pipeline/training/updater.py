@@ -18,7 +18,7 @@ from pipeline.training.critic_warmup import begin_policy, set_rates
 from pipeline.training.distributed import backward, was_skipped
 from pipeline.training.experience import Batches
 from pipeline.training.losses import EXTREMES, SUMS, Tokens, ppo_loss
-from pipeline.training.microbatches import Minibatch, padded_tokens
+from pipeline.training.microbatches import Minibatch
 from pipeline.training.ranks import Ranks
 from pipeline.training.update import Experience, Targets
 
@@ -74,7 +74,7 @@ class Updater:
         KL, and what is saved with the steps taken includes it. UserError when a loss or gradient is not finite.
         """
         minibatches = [minibatch for plan in plans for minibatch in plan][: last_step - first]
-        tokens, padding = self._counts(exp, plans, minibatches)
+        tokens = self._counts(exp, minibatches)
         batches = Batches(exp.responses, exp.packing, [rows for minibatch in minibatches for rows in minibatch])
         sums = torch.zeros(len(minibatches), len(SUMS) + len(EXTREMES), dtype=torch.float64, device=self.ranks.device)
         done = len(taken.norms) if taken else 0
@@ -98,20 +98,15 @@ class Updater:
         if not done:
             return result, {}
         row = self._row(result, tokens[:done], first + done, targets.kl_weight)
-        row["padding_percentage"] = padding
         row["update/epochs"] = done / max(1, len(plans[0]))
         row["update/stopped_early"] = float(complete and done < len(minibatches))
         return result, row
 
-    def _counts(
-        self, exp: Experience, plans: Sequence[Sequence[Minibatch]], minibatches: Sequence[Minibatch]
-    ) -> tuple[list[float], float]:
-        """Each minibatch's sampled tokens over all ranks, and the share (%) of padding in all forwards."""
+    def _counts(self, exp: Experience, minibatches: Sequence[Minibatch]) -> list[float]:
+        """Each minibatch's sampled tokens over all ranks."""
         counts = [sum(exp.packing.lengths[row] for rows in batch for row in rows) for batch in minibatches]
-        widths = [len(response.states) for response in exp.responses]
-        everything = torch.tensor([*counts, *padded_tokens(plans, widths)], dtype=torch.float64)
-        *tokens, padded, real = self.ranks.sum(everything.to(self.ranks.device)).tolist()
-        return tokens, 100.0 * (1.0 - real / padded)
+        tokens: list[float] = self.ranks.sum(torch.tensor(counts, dtype=torch.float64).to(self.ranks.device)).tolist()
+        return tokens
 
     def _too_far(self, sums: Tensor, tokens: float) -> bool:
         """Whether this step found the policy beyond ppo.max_update_kl; the same on every rank."""
@@ -169,6 +164,7 @@ class Updater:
                 batch = batches.of(rows)
                 outputs = self.policy(
                     batch.states,
+                    batch.lengths,
                     batch.index,
                     batch.targets,
                     self.temperature,
