@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.procs import die_with_parent
+from pipeline import heavy
 
 if __name__ == "__main__":
-    die_with_parent()  # before the imports below, which take seconds
+    heavy.begin()  # before the imports below, which take seconds
 
 import torch
 import transformers
@@ -25,7 +25,7 @@ import transformers
 from pipeline.config.schema import Config
 from pipeline.data.preferences import Preference, read_split
 from pipeline.data.tokens import load_tokenizer, same_vocabulary
-from pipeline.errors import UserError, run_command
+from pipeline.errors import UserError
 from pipeline.evaluation.html import render_report
 from pipeline.evaluation.statistics import paired_difference, win_rate
 from pipeline.run import atomic, sources
@@ -288,4 +288,4 @@ def _side(answers: Sequence[Answer], chosen: Sequence[float]) -> dict[str, float
 
 
 if __name__ == "__main__":
-    run_command(main)
+    heavy.run_and_leave(main)

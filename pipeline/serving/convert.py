@@ -13,12 +13,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pipeline import heavy
+
+if __name__ == "__main__":
+    heavy.begin()  # before the imports below, which take seconds
+
 import torch
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from pipeline.config.serving import Serving
-from pipeline.errors import UserError, run_command
+from pipeline.errors import UserError
 from pipeline.run.sources import checkpoint_base_path, reward_model_path
 from pipeline.run.work import Progress, parse_work, write_result
 from pipeline.serving import access, model_store, parity, torchscript
@@ -196,4 +201,4 @@ def _no_progress(step: int, note: str = "") -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    heavy.run_and_leave(main)

@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.procs import die_with_parent
+from pipeline import heavy
 
 if __name__ == "__main__":
-    die_with_parent()  # before the imports below, which take seconds
+    heavy.begin()  # before the imports below, which take seconds
 
 from accelerate import Accelerator
 

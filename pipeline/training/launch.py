@@ -7,13 +7,13 @@ saved and stopped (75), or one that printed its one line of error (2), ends here
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
-from pipeline.procs import PARENT_MARK, die_with_parent
+from pipeline import heavy
+from pipeline.procs import PARENT_MARK
 
 if __name__ == "__main__":
-    die_with_parent()  # before the imports below, which take seconds
+    heavy.begin()  # before the imports below, which take seconds
     os.environ[PARENT_MARK] = str(os.getpid())  # the processes that it starts are bound to the launcher
 
 from accelerate.commands.launch import launch_command, launch_command_parser
@@ -52,4 +52,4 @@ def _stopped(arguments: list[str]) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    heavy.run_and_leave(main, well=(0, EX_TEMPFAIL))

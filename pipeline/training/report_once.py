@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pipeline.errors import UserError, run_command
+from pipeline.errors import UserError
+from pipeline.heavy import run_and_leave
 from pipeline.training.stop import EX_TEMPFAIL
 
 SAID = "HH_PIPELINE_SAID"
@@ -53,9 +53,9 @@ def run_rank(main: Callable[[], int | None]) -> None:
 
     A UserError is printed by the first rank that has it. One that only a single rank has is always printed.
 
-    A launched rank whose work has ended well leaves without the interpreter's own end: there the threads of torch's
-    process groups are now and then destroyed while they run ("terminate called without an active exception"), and a
-    training whose results are all written would count as failed.
+    One whose work has ended well leaves without the interpreter's own end, which would take a second; and there the
+    threads of torch's process groups are now and then destroyed while they run ("terminate called without an active
+    exception"), so that a training whose results are all written would count as failed.
     """
 
     def once() -> int | None:
@@ -66,11 +66,4 @@ def run_rank(main: Callable[[], int | None]) -> None:
                 raise
             return USER_ERROR
 
-    try:
-        run_command(once)
-    except SystemExit as end:
-        if "RANK" in os.environ and end.code in (0, EX_TEMPFAIL):
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(end.code)
-        raise
+    run_and_leave(once, well=(0, EX_TEMPFAIL))

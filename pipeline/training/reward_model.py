@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.procs import die_with_parent
+from pipeline import heavy
 
 if __name__ == "__main__":
-    die_with_parent()  # before the imports below, which take seconds
+    heavy.begin()  # before the imports below, which take seconds
 
 import torch
 import torch.nn.functional as F

@@ -20,7 +20,7 @@ from pathlib import Path
 NAME = "hh-user"
 """The user that .ci/apptainer makes."""
 ROOT = Path(__file__).resolve().parents[2]
-_KEPT = ("LANG", "LC_ALL", "PATH", "PYTHONDONTWRITEBYTECODE", "SSL_CERT_FILE", "SSL_CERT_DIR", "TZ")
+_KEPT = ("LANG", "LC_ALL", "PATH", "SSL_CERT_FILE", "SSL_CERT_DIR", "TZ")
 """What of root's environment a user's shell has as well; all else is set anew."""
 
 
