@@ -81,7 +81,7 @@ def test_the_gpu_benchmark_runs_without_a_gpu(capsys: pytest.CaptureFixture[str]
     gpu.main([*SMALL, "--batch-size", "2", "--epochs", "1", "--decode-rows", "2", "--json", str(tmp_path / "report")])
     shown = capsys.readouterr().out
     assert "PPO iteration, samples/s a GPU" in shown
-    assert '"peak_memory_bytes"' in (tmp_path / "report").read_text("utf-8")
+    assert '"peak_memory_gib"' in (tmp_path / "report").read_text("utf-8")
 
 
 def test_arithmetic_is_counted_without_what_is_looked_up() -> None:
