@@ -1,4 +1,4 @@
-"""python -m pipeline.push RUN: send the trained policy to the Hugging Face hub, from where it can be reached."""
+"""python -m pipeline.push RUN: send what a run has trained to the Hugging Face hub, from where it can be reached."""
 
 from __future__ import annotations
 
@@ -14,19 +14,26 @@ from pipeline.status import open_run
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.push", description="Push a run's policy to the hub.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.push", description="Push what a run has trained to the hub."
+    )
     parser.add_argument("run", type=Path, help="the run directory")
     parser.add_argument("--to", metavar="OWNER/NAME", help="the repository; by default output.push_to_hub")
     parser.add_argument("--best", action="store_true", help="the policy of the best held-out reward, not the last one")
     arguments = parser.parse_args(argv)
     run = open_run(arguments.run)
-    output = read_config(run.root).output
+    config = read_config(run.root)
+    output = config.output
     repository = arguments.to or output.push_to_hub
     if repository is None:
         raise UserError("output.push_to_hub: names no repository; give one with --to owner/name")
-    folder = run.artifact("train", "best" if arguments.best else "policy")
 
-    from pipeline.data.publish import push_folder
+    from pipeline.data.publish import push_folder, result_of
+
+    stage, artifact = result_of(config)
+    if arguments.best and stage != "train":
+        raise UserError(f"--best: the stage {stage} keeps no best model beside its last one; leave it out")
+    folder = run.artifact(stage, "best" if arguments.best else artifact)
 
     print(f"pushed to {push_folder(folder, repository, output.private)}")
     return 0

@@ -98,11 +98,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _sweep(arguments: argparse.Namespace, folder: Path, select: Callable[[Config], tuple[str, ...]]) -> int:
     """One run a point; see pipeline.sweep."""
-    from pipeline.sweep.points import make_points
+    from pipeline.sweep.points import make_points, preset_of
     from pipeline.sweep.submit import resolve_points, show_points, submit_points
 
     def resolve(run: RunDir, overrides: Sequence[str]) -> Config:
-        return resolve_config(run, arguments.preset, [*arguments.set, *overrides], arguments.cluster)
+        preset = arguments.preset or (None if run.config.exists() else preset_of(folder))
+        return resolve_config(run, preset, [*arguments.set, *overrides], arguments.cluster)
 
     places = resolve_points(folder, make_points(arguments.sweep), resolve, select)
     if arguments.dry_run:

@@ -17,12 +17,12 @@ from helpers_ppo import finish_stage, tiny_config, tokenizer
 from transformers import GenerationConfig
 
 from pipeline import push
-from pipeline.config.load import dump
+from pipeline.config.load import dump, resolve
 from pipeline.config.schema import Config
+from pipeline.data import publish
 from pipeline.errors import UserError
 from pipeline.run import atomic
 from pipeline.run.directory import Outputs, RunDir
-from pipeline.training import ppo
 from pipeline.training.model_card import Card, render_card, write_generation_config
 
 REPOSITORY = "someone/tiny-policy"
@@ -207,11 +207,30 @@ def test_what_hinders_a_push_is_one_line(hub: Hub, tmp_path: Path, monkeypatch: 
         push.main([str(run.root), "--to", REPOSITORY])
 
 
+def test_of_a_run_that_ends_in_a_reward_model_that_is_pushed(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = resolve({"all": ["prefetch", "sft", "reward-model"], "output": {"push_to_hub": REPOSITORY}})
+    run = RunDir(tmp_path)
+    atomic.write_text(run.config, dump(settings))
+    for stage in ("sft", "reward-model"):
+        folder = tmp_path / "stages" / stage / "out/model"
+        atomic.write_text(folder / "config.json", json.dumps(stage))
+        finish_stage(run, stage, "model", folder)
+    publish.push_if_asked(run, settings, "sft", run.artifact("sft", "model"))
+    assert not hub.created  # the reward model's start is no result
+    publish.push_if_asked(run, settings, "reward-model", run.artifact("reward-model", "model"))
+    assert hub.files.pop("config.json") == b'"reward-model"'
+    assert push.main([str(run.root)]) == 0 and hub.files == {"config.json": b'"reward-model"'}
+    with pytest.raises(UserError, match="--best: the stage reward-model keeps no best model beside its last one"):
+        push.main([str(run.root), "--best"])
+
+
 def test_a_push_that_fails_does_not_fail_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     run = trained(tmp_path, push_to_hub=REPOSITORY)
-    ppo.push_if_asked(run, config(push_to_hub=REPOSITORY), run.artifact("train", "policy"))
+    publish.push_if_asked(run, config(push_to_hub=REPOSITORY), "train", run.artifact("train", "policy"))
     assert f"{REPOSITORY}: not pushed (the hub is switched off here by HF_HUB_OFFLINE" in caplog.text
     assert f"later: python -m pipeline.push {run.root}" in caplog.text

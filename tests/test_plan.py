@@ -59,6 +59,18 @@ def test_a_finished_run_has_nothing_to_do(tmp_path: Path) -> None:
     assert reasons(context)["serve"] == "not needed: train is up to date"
 
 
+@pytest.mark.parametrize("override", ["serving.dtype=bfloat16", "serving.max_length=200"])
+def test_without_a_store_the_judges_settings_are_those_of_who_asks_it(tmp_path: Path, override: str) -> None:
+    own = "all=[prefetch,sft,reward-model,train,evaluate]"
+    stages = ("prefetch", "sft", "reward-model", "train", "evaluate")
+    finish(context_for(tmp_path, own), *stages)
+    changed = context_for(tmp_path, own, override)
+    for stage in ("train", "evaluate"):  # the second is looked at once the first is done
+        plan = actions(changed, stages)
+        assert [name for name, action in plan.items() if action == "run"] == [stage]
+        finish(changed, stage)
+
+
 @pytest.mark.parametrize(
     ("override", "runs", "checks"),
     [
@@ -68,6 +80,9 @@ def test_a_finished_run_has_nothing_to_do(tmp_path: Path) -> None:
         ("reward_model.lr=0.5", {"reward-model"}, {"convert", "train", "serve", "evaluate"}),
         ("data.demo.train=2000", {"prefetch"}, set(STAGES) - {"prefetch", "sandbox"}),
         ("train.tracker=none", set(), set()),
+        ("train.micro_batch_tokens=512", set(), set()),
+        ("sft.micro_batch_tokens=512", set(), set()),
+        ("serving.dtype=bfloat16", {"convert"}, {"train", "serve", "evaluate"}),
         ("cluster.partition=gpu", set(), set()),
     ],
 )

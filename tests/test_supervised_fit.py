@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,10 +16,10 @@ from pipeline.errors import UserError
 from pipeline.run import atomic
 from pipeline.run.hashing import sha256_file
 from pipeline.run.work import Progress
+from pipeline.training import checkpoint, supervised
 from pipeline.training import fit as loop
-from pipeline.training import supervised
 from pipeline.training.checkpoint import Checkpoints
-from pipeline.training.checkpoint_files import MANIFEST
+from pipeline.training.checkpoint_files import MANIFEST, all_checkpoints
 from pipeline.training.fit import Course, Fit, Hooks, Keeping, fit
 from pipeline.training.metrics import read_rows
 from pipeline.training.ranks import Ranks
@@ -47,8 +48,10 @@ def train(folder: Path, hooks: Hooks) -> Fit:
     module = Line()
     wrapped, optimizer = accelerator.prepare(module, torch.optim.SGD(module.parameters(), lr=0.0))
     task: Task[Dialogue] = Task(lambda rows: (torch.full((len(rows), 1), 3.0),), lambda _: 1)
-    keeping = Keeping(Checkpoints(folder, ALONE, 1), cast(Any, False), Progress(folder, 4))
-    course = Course(total_steps=4, batch_size=3, seed=0, rate=lambda step: 0.0, max_grad_norm=100.0)
+    keeping = Keeping(Checkpoints(folder, ALONE, 1, background=True), cast(Any, False), Progress(folder, 4))
+    course = Course(
+        total_steps=4, batch_size=3, seed=0, rate=lambda step: 0.0, max_grad_norm=100.0, checkpoint_interval=2
+    )
     return fit(accelerator, ALONE, wrapped, optimizer, task, DIALOGUES, course, keeping, hooks)
 
 
@@ -76,6 +79,28 @@ def test_a_loss_scale_that_cannot_fall_is_one_line(tmp_path: Path, monkeypatch: 
         train(tmp_path, Hooks())
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    last_step, write = threading.Event(), checkpoint.write_part
+
+    def slow(*arguments: Any) -> None:
+        assert last_step.wait(60), "the loop waited for its first checkpoint"
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write_part", slow)
+    assert train(tmp_path, Hooks(after_step=lambda step: last_step.set() if step == 4 else None)).complete
+    assert [path.name for path in all_checkpoints(tmp_path)] == ["step-00000004"]
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise UserError("checkpoints: no space left on the disk; free some")
+
+    monkeypatch.setattr(checkpoint, "write_part", full)
+    with pytest.raises(UserError, match="no space left on the disk"):
+        train(tmp_path, Hooks())
+    assert all_checkpoints(tmp_path) == []
+
+
 def test_another_number_of_processes_is_refused_by_the_stages_own_setting(tmp_path: Path) -> None:
     train(tmp_path, Hooks())
     three = Checkpoints(tmp_path, ALONE, 1, processes="reward_model.num_processes")
@@ -85,12 +110,12 @@ def test_another_number_of_processes_is_refused_by_the_stages_own_setting(tmp_pa
         three.load(Accelerator(cpu=True))
 
 
-def rewrite(checkpoint: Path, state: dict[str, Any]) -> None:
+def rewrite(folder: Path, state: dict[str, Any]) -> None:
     """Put another state into a checkpoint that stays intact."""
-    path = checkpoint / "state.json"
+    path = folder / "state.json"
     atomic.write_json(path, state)
-    names = {**(atomic.read_json(checkpoint / MANIFEST) or {}), "state.json": [path.stat().st_size, sha256_file(path)]}
-    atomic.write_json(checkpoint / MANIFEST, names)
+    names = {**(atomic.read_json(folder / MANIFEST) or {}), "state.json": [path.stat().st_size, sha256_file(path)]}
+    atomic.write_json(folder / MANIFEST, names)
 
 
 def test_another_tokenizer_is_another_training(tmp_path: Path) -> None:

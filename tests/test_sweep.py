@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from pipeline.stages.plan import make_plan
 from pipeline.submit import main
 from pipeline.sweep import share
 from pipeline.sweep.__main__ import main as show
-from pipeline.sweep.points import Point, make_points, parse_sweep, read_points, remember
+from pipeline.sweep.points import Point, make_points, parse_sweep, preset_of, read_points, remember
 from pipeline.sweep.results import as_table, read_result, reward_key
+from pipeline.sweep.submit import resolve_points, submit_points
 
 BEFORE = ("prefetch", "sft", "reward-model", "sandbox", "convert")
 
@@ -268,3 +270,40 @@ def test_a_narrow_terminal_folds_long_values() -> None:
 
     lines = as_table([Result("p", {"data.source": "x" * 90}, "done", steps=3)], 60, False).splitlines()
     assert max(map(len, lines)) <= 60 and "".join(line.split()[0] for line in lines[1:]).count("x") == 90
+
+
+# Submitting
+
+
+def test_a_point_that_cannot_run_keeps_no_other_from_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ran = []
+
+    def one(folder: Path, config: Config, selected: Sequence[str], forced: Sequence[str], no_follow: bool) -> int:
+        ran.append((folder.name, tuple(selected)))
+        if folder.name == "train.total_steps=100":
+            raise UserError("ppo.num_rollouts: too many for this machine")
+        for stage in selected:
+            RunDir(folder).write_outputs(Outputs(stage, "f", 1))
+        return 0
+
+    places = resolve_points(
+        tmp_path, make_points(["train.total_steps=100,200"]), lambda run, given: demo("all=[train]", *given),
+        lambda config: config.all,
+    )  # fmt: skip
+    status = submit_points(tmp_path, places, False, False, one, lambda folder: 0)
+    assert (status, ran) == (2, [("train.total_steps=100", ("train",)), ("train.total_steps=200", ("train",))])
+    said = capsys.readouterr()
+    assert said.err == "error: ppo.num_rollouts: too many for this machine (point train.total_steps=100)\n"
+    assert "again: python -m pipeline.sweep" in said.out
+
+
+def test_a_point_that_is_added_begins_as_the_others_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (first, later) = make_points(["ppo.lam=0.9,1"])
+    remember(tmp_path, [first])
+    atomic.write_text(tmp_path / first.name / "config.yaml", load.dump(demo("ppo.lam=0.9")))
+    monkeypatch.setenv("CONFIG_NAME", "20B")
+    assert main(["--run-dir", str(tmp_path), "--sweep", "ppo.lam=1", "--dry-run"]) == 0
+    assert f"  {later.name}: serve, train, evaluate" in capsys.readouterr().out  # and not 20B's stages
+    assert preset_of(tmp_path) == "demo" and preset_of(tmp_path / "none") is None

@@ -108,6 +108,14 @@ class Output(Section):
     """What becomes of a trained model."""
 
     push_to_hub: str | None = Field(None, min_length=1)
-    """Hub repository (owner/name) that the finished policy is pushed to; None keeps it in the run directory."""
+    """Hub repository (owner/name) that the finished policy (or SFT or reward model, where a run ends in that) is pushed
+    to; None keeps it in the run directory."""
     private: bool = True
     """Whether such a repository, where it is made, is private."""
+
+
+KEPT_APART = {"keep_checkpoints", "checkpoint_interval", "micro_batch_size", "micro_batch_tokens"}
+"""Settings of a training that change how it is kept, and cut to the memory that there is, but not what it ends in: one
+that ran out of memory goes on with other cuts."""
+SHOWN_APART = {"tracker", "project_name", "log_rollouts", "peak_tflops"}
+"""Those that change how it is shown."""

@@ -8,7 +8,7 @@ from pipeline.config.schema import Config
 from pipeline.run import reward_models
 from pipeline.run.sources import EMBEDDED
 from pipeline.stages.base import Context, Stage, Work, model_identity, module_command, number
-from pipeline.stages.train import policy_start, reward_source
+from pipeline.stages.train import judge, policy_start, reward_source
 
 
 class Evaluate(Stage):
@@ -21,6 +21,7 @@ class Evaluate(Stage):
         return {
             **other_model,
             **({"start": start} if start else {}),
+            **judge(context),
             "seed": config.seed,
             "evaluate": config.evaluate.model_dump(mode="json"),
             "generate": config.generate.model_dump(mode="json"),

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.config.schema import Config
+from pipeline.config.training import KEPT_APART
 from pipeline.run.sources import EMBEDDED
 from pipeline.stages.base import Context, Stage, Work, model_identity, number, tokenizer_identity
 from pipeline.stages.launch import thread_environment
-from pipeline.stages.sft import NOT_IN_RESULT, supervised_command
+from pipeline.stages.sft import supervised_command
 
 
 class RewardModel(Stage):
@@ -16,7 +17,7 @@ class RewardModel(Stage):
 
     def settings(self, context: Context) -> dict[str, Any]:
         config = context.config
-        elsewhere = {"checkpoint_base", "checkpoint_base_revision", *NOT_IN_RESULT}
+        elsewhere = {"checkpoint_base", "checkpoint_base_revision", *KEPT_APART}
         settings: dict[str, Any] = {
             "seed": config.seed,
             "reward_model": config.reward_model.model_dump(mode="json", exclude=elsewhere),

@@ -6,12 +6,10 @@ from typing import Any
 
 from pipeline.config.methods import Supervised
 from pipeline.config.schema import Config
+from pipeline.config.training import KEPT_APART
 from pipeline.run.sources import EMBEDDED
 from pipeline.stages.base import Context, Stage, Work, model_identity, number, tokenizer_identity
 from pipeline.stages.launch import accelerate_config, launch_command, plain_command, thread_environment
-
-NOT_IN_RESULT = {"keep_checkpoints", "checkpoint_interval"}
-"""Settings that change how a training is kept, not what it ends in."""
 
 
 class Sft(Stage):
@@ -19,7 +17,7 @@ class Sft(Stage):
 
     def settings(self, context: Context) -> dict[str, Any]:
         config = context.config
-        sft = config.sft.model_dump(mode="json", exclude=NOT_IN_RESULT)
+        sft = config.sft.model_dump(mode="json", exclude=KEPT_APART)
         settings: dict[str, Any] = {"seed": config.seed, "sft": sft}
         if config.model.path != EMBEDDED:
             settings["model"] = model_identity(context, "model")

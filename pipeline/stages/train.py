@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.config.schema import Config
+from pipeline.config.training import KEPT_APART, SHOWN_APART
 from pipeline.errors import UserError
 from pipeline.run.sources import EMBEDDED
 from pipeline.stages.base import Context, Stage, Work, model_identity, number, tokenizer_identity
 from pipeline.stages.launch import accelerate_config, launch_command, precision_of, thread_environment
-
-_NOT_IN_RESULT = {"tracker", "project_name", "keep_checkpoints", "checkpoint_interval", "log_rollouts", "peak_tflops"}
 
 
 class Train(Stage):
@@ -22,7 +21,7 @@ class Train(Stage):
             "seed": config.seed,
             "num_layers_unfrozen": config.model.num_layers_unfrozen,
             "lora": config.model.lora.model_dump(mode="json"),
-            "train": config.train.model_dump(mode="json", exclude=_NOT_IN_RESULT),
+            "train": config.train.model_dump(mode="json", exclude=KEPT_APART | SHOWN_APART),
             "serving_max_length": config.serving.max_length,
         }
         for name in ("generate", "optimizer", "scheduler"):
@@ -30,9 +29,7 @@ class Train(Stage):
         settings |= method_settings(config)
         if "sft" not in config.all and config.model.path != EMBEDDED:
             settings["model"] = model_identity(context, "model")
-        if not reward_source(config):
-            settings["reward_model"] = model_identity(context, "reward_model")
-        return {**settings, **tokenizer_identity(context)}
+        return {**settings, **judge(context), **tokenizer_identity(context)}
 
     def needs(self, config: Config) -> tuple[str, ...]:
         return (*policy_start(config), *reward_source(config))
@@ -60,6 +57,15 @@ def method_settings(config: Config) -> dict[str, Any]:
         return {"ppo": config.ppo.model_dump(mode="json")}
     shared = {"delta_reward": config.ppo.delta_reward, "evaluated_together": config.evaluate.batch_size}
     return {"ilql": config.ilql.model_dump(mode="json"), **shared}
+
+
+def judge(context: Context) -> dict[str, Any]:
+    """What of the rewards' model no artifact stands for: all of it without a store, which holds dtype and identity."""
+    config = context.config
+    if "convert" in config.all:
+        return {}
+    given = {} if reward_source(config) else {"reward_model": model_identity(context, "reward_model")}
+    return {**given, "serving_dtype": config.serving.dtype, "serving_max_length": config.serving.max_length}
 
 
 def num_processes(work: Work) -> int:

@@ -70,6 +70,16 @@ def make_points(sweeps: Sequence[str]) -> list[Point]:
     return [_point(dict(zip(keys, combination, strict=True))) for combination in combinations]
 
 
+def preset_of(folder: Path) -> str | None:
+    """The preset that the sweep's points began with, for those that it is given later; None where it has none yet."""
+    for raw in atomic.read_json(folder / POINTS) or []:
+        config = folder / Point(**raw).name / "config.yaml"
+        if config.exists():
+            preset = (yaml.safe_load(config.read_text("utf-8")) or {}).get("preset")
+            return None if preset is None else str(preset)
+    return None
+
+
 def read_points(folder: Path) -> list[Point]:
     """The points that a sweep's folder has; UserError where it is no such folder."""
     raw = atomic.read_json(folder / POINTS)

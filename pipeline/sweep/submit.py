@@ -106,11 +106,17 @@ def submit_points(
         if taken := share.take(_shared_run(folder), place.run, place.config):
             print(f"shared: {', '.join(taken)}")
         forced = tuple(stage for stage in place.selected if stage not in shared) if force else ()
-        statuses.append(one(place.folder, place.config, place.selected, forced, no_follow or executor == "slurm"))
+        try:
+            statuses.append(one(place.folder, place.config, place.selected, forced, no_follow or executor == "slurm"))
+        except UserError as fault:  # a point that cannot run keeps none of the others from it
+            print(f"error: {fault} (point {place.point.name})", file=sys.stderr)
+            statuses.append(2)
         if statuses[-1] in (ENDED_BY_HAND, allocation.ENDED):
             return statuses[-1]
     if executor == "slurm" and not no_follow and not slurm.on_a_node():
-        for place in places:
+        for place, submitted in zip(places, tuple(statuses), strict=True):
+            if submitted == 2:
+                continue
             print(f"\npoint {place.point.name}", flush=True)
             statuses.append(follow(place.folder))
             if statuses[-1] == ENDED_BY_HAND:

@@ -177,8 +177,9 @@ class _Loop(Generic[E]):
             if last or stopping or state.step % course.checkpoint_interval == 0:
                 self._save()
             if stopping and not last:
-                return state
-        state.complete = True
+                break
+        self.keeping.checkpoints.wait()
+        state.complete = state.step == course.total_steps
         return state
 
     def _resume(self) -> Fit:
@@ -283,7 +284,7 @@ class _Loop(Generic[E]):
         self._gather()
         started = time.monotonic()
         state = {name: value for name, value in vars(self.state).items() if name != "complete"}
-        kept = copy.deepcopy({**state, "extra": self.hooks.extra})  # written while the loop goes on, perhaps
+        kept = copy.deepcopy({**state, "extra": self.hooks.extra})  # written while the loop goes on
         self.keeping.checkpoints.save(self.accelerator, self.state.step, kept)
         self._saved = self.state.step
         self._pause(started)
@@ -300,5 +301,6 @@ class _Loop(Generic[E]):
         self.accelerator.log(numbers, step=self.state.step)
 
     def _asked_to_stop(self) -> bool:
-        asked = bool(self.keeping.stop)
+        """Also where writing in the background has failed on some rank: the save that follows says why."""
+        asked = bool(self.keeping.stop) or self.keeping.checkpoints.failed
         return self.ranks.any(asked) if self.ranks.world > 1 else asked  # alone, nothing waits for a GPU

@@ -25,6 +25,7 @@ from accelerate import Accelerator
 
 from pipeline.config.schema import Config
 from pipeline.data.preferences import Preference, read_split
+from pipeline.data.publish import push_if_asked
 from pipeline.data.tokens import load_tokenizer, pad_id, same_vocabulary
 from pipeline.run import atomic, sources
 from pipeline.run.directory import RunDir
@@ -43,7 +44,7 @@ from pipeline.training.ilql_output import decoding_beta, save_heads
 from pipeline.training.metrics import read_rows
 from pipeline.training.model_card import Card, write_card, write_generation_config
 from pipeline.training.models import check_positions
-from pipeline.training.ppo import checkpoints_name, push_if_asked, quiet_libraries
+from pipeline.training.ppo import checkpoints_name, quiet_libraries
 from pipeline.training.ranks import Ranks, make_accelerator
 from pipeline.training.report_once import run_rank
 from pipeline.training.reward_source import LEDGER, RewardSource
@@ -76,7 +77,9 @@ def main(argv: list[str] | None = None) -> int:
     folder = run.checkpoints / name
     with contextlib.closing(RewardSource(run, config, folder / LEDGER, ranks)) as rewards:
         keeping = Keeping(
-            Checkpoints(folder, ranks, config.train.keep_checkpoints), stop, Progress(out, config.train.total_steps)
+            Checkpoints(folder, ranks, config.train.keep_checkpoints, background=True),
+            stop,
+            Progress(out, config.train.total_steps),
         )
         training = Training(run, config, accelerator, ranks, rewards, keeping)
         done = training.train()
@@ -91,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         values = {**summary(done, training.best, config), **metrics}
         training.describe(out / "policy", values)
         write_result(out, artifacts, values)
-        push_if_asked(run, config, out / "policy")
+        push_if_asked(run, config, "train", out / "policy")
     elif ranks.first:
         logger.info("stopped at step %d; start again to go on", done.step)
         atomic.write_json(out / STOPPED, {"step": done.step})

@@ -23,10 +23,10 @@ import transformers
 from accelerate import Accelerator
 
 from pipeline.config.schema import Config
+from pipeline.config.training import KEPT_APART, SHOWN_APART
 from pipeline.data.preferences import read_split
-from pipeline.data.publish import push_folder
+from pipeline.data.publish import push_if_asked
 from pipeline.data.tokens import load_tokenizer, same_vocabulary
-from pipeline.errors import UserError
 from pipeline.run import atomic, hashing, sources
 from pipeline.run.directory import RunDir
 from pipeline.run.work import Progress, parse_work, write_result
@@ -58,8 +58,6 @@ FINGERPRINT = "HH_PIPELINE_FINGERPRINT"
 """Environment variable that names the checkpoints' folder: a changed configuration never resumes an old training."""
 NOT_IN_TRAINING = {"preset", "description", "all", "cluster", "sandbox", "evaluate", "sft", "reward_model", "data"}
 """Sections that do not enter a training; data and models enter by their content."""
-NOT_IN_RESULT = {"tracker", "project_name", "keep_checkpoints", "checkpoint_interval", "log_rollouts", "peak_tflops"}
-"""Keys of `train` that change how a training is kept and shown, not what it ends in."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
                 describe_policy(trainer, state, out / folder, best=name == "best" and folder == name)
             values = {**summary(state), "metrics": str(trainer.metrics.relative_to(run.root))}
             write_result(out, artifacts, values)
-            push_if_asked(run, config, out / "policy")
+            push_if_asked(run, config, "train", out / "policy")
     elif ranks.first:
         logging.getLogger(__name__).info("stopped at step %d; start again to go on", state.step)
         atomic.write_json(out / STOPPED, {"step": state.step, "phase": state.phase})
@@ -167,7 +165,7 @@ def manual_fingerprint(run: RunDir, config: Config) -> str:
     """ "manual-" and a fingerprint of the settings that enter training, the models' files and the data's."""
     settings = {key: value for key, value in config.plain().items() if key not in NOT_IN_TRAINING}
     settings["serving"] = {key: settings["serving"][key] for key in ("dtype", "max_length")}
-    settings["train"] = {key: value for key, value in settings["train"].items() if key not in NOT_IN_RESULT}
+    settings["train"] = {key: value for key, value in settings["train"].items() if key not in KEPT_APART | SHOWN_APART}
     folders = (sources.policy_start_path(run, config), sources.reward_model_path(run, config))
     cache = hashing.HashCache(run.root / "cache" / "hashes.json")
     inputs = [hashing.hash_tree(folder, cache)[0] for folder in (*folders, run.artifact("prefetch", "data"))]
@@ -240,18 +238,6 @@ def describe_policy(trainer: Trainer, state: TrainState, folder: Path, best: boo
     )
     write_generation_config(folder, trainer.sampler.tokenizer, config)
     write_card(folder, run, config, card)
-
-
-def push_if_asked(run: RunDir, config: Config, folder: Path) -> None:
-    """Push the finished policy where the configuration says so; where that fails, say how it is done later."""
-    repository = config.output.push_to_hub
-    if repository is None:
-        return
-    log = logging.getLogger(__name__)
-    try:
-        log.info("pushed to %s", push_folder(folder, repository, config.output.private))
-    except UserError as error:
-        log.warning("%s: not pushed (%s); later: python -m pipeline.push %s", repository, error, run.root)
 
 
 def summary(state: TrainState) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from pipeline.config.methods import Supervised
 from pipeline.config.schema import Config
+from pipeline.config.training import KEPT_APART
+from pipeline.data.publish import push_if_asked
 from pipeline.run import atomic, hashing
 from pipeline.run.directory import RunDir
 from pipeline.run.work import Progress, parse_work, write_result
@@ -40,8 +42,6 @@ if TYPE_CHECKING:
 MAX_GRAD_NORM = 1.0
 FINGERPRINT = "HH_PIPELINE_FINGERPRINT"
 """Environment variable that names the checkpoints' folder: a changed configuration never resumes an old training."""
-NOT_IN_RESULT = {"keep_checkpoints", "checkpoint_interval"}
-"""Settings that change how a training is kept, not what it ends in."""
 
 _log = logging.getLogger(__name__)
 
@@ -191,6 +191,7 @@ def train(
             session.run.checkpoints / name,
             ranks,
             settings.keep_checkpoints,
+            background=True,
             processes=f"{session.stage.replace('-', '_')}.num_processes",
         ),
         session.stop,
@@ -224,6 +225,7 @@ def train(
         if ranks.first:
             describe(session.out / "model", values, read_rows(keeping.metrics))
             write_result(session.out, {"model": "model"}, values)
+            push_if_asked(session.run, session.config, session.stage, session.out / "model")
     elif ranks.first:
         _log.info("stopped at step %d; start again to go on", done.step)
         atomic.write_json(session.out / STOPPED, {"step": done.step})
@@ -245,7 +247,7 @@ def _manual_name(session: Session, base: Path, tokenizer: Path) -> str:
     folders = (base, tokenizer, session.run.artifact("prefetch", "data"))
     inputs = [hashing.hash_tree(folder, cache)[0] for folder in folders]
     cache.save()
-    settings = session.settings.model_dump(mode="json", exclude=NOT_IN_RESULT)
+    settings = session.settings.model_dump(mode="json", exclude=KEPT_APART)
     return f"{session.stage}-manual-{hashing.fingerprint([settings, session.config.seed, inputs])}"
 
 
