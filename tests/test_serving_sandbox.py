@@ -201,7 +201,11 @@ def test_the_cache_is_where_the_configuration_or_the_desktop_standard_says(monke
     assert sandbox.cache_dir(check({"sandbox": {"cache_dir": "/big/cache"}})) == Path("/big/cache")
 
 
-def test_the_sandbox_command_imports_no_torch() -> None:
-    script = "import sys, pipeline.serving.sandbox; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+@pytest.mark.parametrize(
+    "module", ["stages.job", "serving.sandbox", "serving.service", "serving.swap", "serving.client"]
+)
+def test_jobs_the_sandbox_and_the_service_import_no_torch(module: str) -> None:
+    """It would be seven seconds of a slow core, and 300 MB beside the server."""
+    script = f"import sys, pipeline.{module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     status, text = procs.capture([sys.executable, "-c", script])
     assert (status, text) == (0, "")

@@ -12,8 +12,9 @@ import torch
 from helpers_serving import SMALL, VOCAB, save_reward_model, serving_config, tiny_model
 
 from pipeline.serving import scoring
+from pipeline.serving.cuts import fill, pack
 from pipeline.serving.scorer import cut
-from pipeline.serving.scoring import RewardModel, fill, pack
+from pipeline.serving.scoring import RewardModel
 
 
 def draw(lengths: list[int], seed: int = 1) -> list[list[int]]:

@@ -28,7 +28,8 @@ def test_a_store_has_everything_that_serving_needs(tmp_path: Path) -> None:
     manifest = convert.convert(source, store, serving_config(max_length=64).serving)
     version = store / "reward-model" / "1"
     repository = Path(convert.__file__).resolve().parents[2]
-    assert (version / "scoring.py").read_bytes() == (repository / "pipeline/serving/scoring.py").read_bytes()
+    for name in ("scoring.py", "cuts.py"):
+        assert (version / name).read_bytes() == (repository / "pipeline/serving" / name).read_bytes()
     assert (version / "model.py").read_bytes() == (repository / "model_store_templates/python/model.py").read_bytes()
     assert (version / "reward_model" / "tokenizer.json").is_file()
     assert model_store.read_manifest(store) == manifest

@@ -421,9 +421,9 @@ def test_what_a_server_makes_is_its_users_alone(served: Served) -> None:
     assert served.socket.parent.stat().st_mode & 0o777 == 0o700
     code = served.store / MODEL / "1"
     cached = {path.name for path in code.rglob("*.pyc")}  # which its Python keeps beside the code, and runs next time
-    assert {name.partition(".")[0] for name in cached} == {"model", "scoring"}
+    assert {name.partition(".")[0] for name in cached} == {"model", "scoring", "cuts"}
     assert [path for path in served.store.rglob("*") if path.stat().st_mode & 0o022] == []
-    assert [(code / name).stat().st_mode & 0o222 for name in ("model.py", "scoring.py")] == [0, 0]
+    assert [(code / name).stat().st_mode & 0o222 for name in ("model.py", "scoring.py", "cuts.py")] == [0, 0, 0]
 
 
 def test_proxies_in_the_environment_change_nothing(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

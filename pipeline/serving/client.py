@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-import torch
 from tritonclient.utils import InferenceServerException
 
 from pipeline.config.schema import Config
@@ -63,6 +62,8 @@ def connect_scorer(
     if published:
         logger.warning("%s: ignored, its server has shown no life for %.0f s", run.endpoint, LIVE_S)
     if device is None:
+        import torch
+
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     folder = reward_folder(run, config, reference.identity)
     logger.info("no reward server: rewards are computed in this process, on %s, from %s", device, folder)

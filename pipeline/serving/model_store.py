@@ -6,7 +6,7 @@ model_store/
   <name>/1/reward_model/       the Hugging Face folder, safetensors in the served dtype
   with the flavour python:
   <name>/1/model.py            the Python backend's entry, from model_store_templates/
-  <name>/1/scoring.py          pipeline/serving/scoring.py, verbatim
+  <name>/1/scoring.py          pipeline/serving/scoring.py, verbatim, and cuts.py
   with the flavour torchscript:
   <name>/1/model.pt            the graph; scoring in process takes reward_model/
 """
@@ -216,11 +216,12 @@ def write_config(store: Path, name: str, text: str) -> None:
 
 
 def write_code(store: Path, name: str) -> None:
-    """Write model.py and scoring.py, which serve the flavour python."""
+    """Write model.py and what it imports, which serve the flavour python."""
     version = store / name / VERSION
     model_py = resource_dir("model_store_templates") / "python" / "model.py"
     atomic.write_bytes(version / "model.py", model_py.read_bytes())
-    atomic.write_bytes(version / "scoring.py", Path(__file__).with_name("scoring.py").read_bytes())
+    for file in ("scoring.py", "cuts.py"):
+        atomic.write_bytes(version / file, Path(__file__).with_name(file).read_bytes())
 
 
 def place_model(source: Path, target: Path, dtype: str) -> None:

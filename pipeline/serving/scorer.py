@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.config.serving import Serving
-from pipeline.serving.scoring import MAX_PADDING, RewardModel, fill, pack
+from pipeline.serving.cuts import MAX_PADDING, fill, pack
 from pipeline.serving.usage import Meter, Traffic
 from pipeline.serving.wire import check_finite
 
@@ -148,6 +148,8 @@ class LocalScorer(BatchScorer):
 
     def __init__(self, folder: Path, serving: Serving, device: str = "cpu", identity: str | None = None) -> None:
         """Load the reward model in `folder` (Hugging Face format) in `serving.dtype`."""
+        from pipeline.serving.scoring import RewardModel  # torch, which a client of a server does without
+
         self._model = RewardModel(
             folder,
             device,

@@ -1,7 +1,7 @@
 """Scores token sequences with a reward model. The server and the in-process scorer run this very file.
 
-Self-contained on purpose (torch and transformers only): conversion copies it verbatim into the Triton model store,
-beside model.py, so that a reward has one definition: the score head at a sequence's last token.
+Self-contained on purpose (torch and transformers only): conversion copies it and cuts.py verbatim into the Triton model
+store, beside model.py, so that a reward has one definition: the score head at a sequence's last token.
 
 The sequences of a forward stand one behind the other in a single row, each with its own positions, and attention keeps
 them apart: nothing is padded. Models that cannot be run that way get padded batches of sequences of similar length.
@@ -24,10 +24,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+if __package__:
+    from pipeline.serving.cuts import MAX_PADDING, fill, pack
+else:  # in a model store: the copy beside this file
+    from cuts import MAX_PADDING, fill, pack  # type: ignore[import-not-found,no-redef]
+
 CODE_VERSION = 2
 """Part of a model store's identity: raise it when the same weights would give other rewards."""
-MAX_PADDING = 0.05
-"""The largest share of padding in a forward of padded sequences."""
 PACKABLE = ("gpt2", "gpt_neox", "gptj", "llama", "mistral", "opt", "qwen2", "qwen3")
 """Model types of which nothing but attention looks from one token to another, and positions can be given."""
 
@@ -35,40 +38,6 @@ PACKED = "hh_packed"
 """The name of `packed_attention` among transformers' implementations."""
 
 logger = logging.getLogger(__name__)
-
-
-def pack(lengths: Sequence[int], max_tokens: int, max_rows: int, max_padding: float = 1.0) -> list[list[int]]:
-    """Group sequences into micro-batches of at most `max_rows` rows and `max_tokens` padded tokens.
-
-    Longest first: each batch is as wide as its first row, so little is padding, and the batch that needs the most
-    memory comes first; padding is at most the share `max_padding` of its tokens. A sequence longer than `max_tokens`
-    gets a batch of its own. Depends on `lengths` alone.
-    Returns the batches as lists of indices into `lengths`; ties keep their order.
-    """
-    batches: list[list[int]] = []
-    width = tokens = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        padded = (len(batches[-1]) + 1) * width if batches else 0
-        full = not batches or len(batches[-1]) >= max_rows or padded > max_tokens
-        if full or padded - tokens - lengths[index] > max_padding * padded:
-            batches.append([])
-            width, tokens = lengths[index], 0
-        batches[-1].append(index)
-        tokens += lengths[index]
-    return batches
-
-
-def fill(lengths: Sequence[int], max_tokens: int, max_rows: int) -> list[list[int]]:
-    """As `pack`, for batches that are not padded: only the sequences' own tokens count."""
-    batches: list[list[int]] = []
-    tokens = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or len(batches[-1]) >= max_rows or tokens + lengths[index] > max_tokens:
-            batches.append([])
-            tokens = 0
-        batches[-1].append(index)
-        tokens += lengths[index]
-    return batches
 
 
 @dataclass(frozen=True)
