@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers_jobs import wait_for
 from safetensors.torch import load_file
 from test_checkpoint_files import ALONE, accelerator_of
 
@@ -19,6 +22,7 @@ from pipeline.training import checkpoint, checkpoint_files
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.checkpoint_files import BEST, all_checkpoints, is_intact
 from pipeline.training.snapshot import copies
+from pipeline.training.writer import Writer
 
 
 class Gate:
@@ -138,3 +142,28 @@ def test_best_weights_of_steps_that_a_resume_goes_back_behind_are_forgotten(tmp_
     assert (checkpoints.load(accelerator) or {})["step"] == 2
     assert [path.name for path in all_checkpoints(tmp_path, BEST)] == ["best-00000002"]
     assert (tmp_path / "best").resolve().name == "best-00000002"
+
+
+def test_a_training_that_fails_ends_behind_the_checkpoint_that_it_was_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    checkpoints, accelerator, _ = background(tmp_path)
+    with pytest.raises(ValueError, match="a bug"), checkpoints.finishing():
+        checkpoints.save(accelerator, 2, {})
+        threading.Timer(0.2, gate.opened.set).start()
+        raise ValueError("a bug")
+    assert [path.name for path in all_checkpoints(tmp_path)] == ["step-00000002"]
+
+
+def test_what_was_written_is_not_kept_in_memory() -> None:
+    class Copies:
+        """A checkpoint's."""
+
+    writer, held = Writer(), Copies()
+    alive, written = weakref.ref(held), threading.Event()
+    writer.start(partial(lambda _copies: written.set(), held))
+    del held
+    assert written.wait(30)
+    wait_for(lambda: alive() is None, "the copies to be released", 10)
+    assert writer.wait() is None

@@ -307,3 +307,6 @@ def test_a_point_that_is_added_begins_as_the_others_did(
     assert main(["--run-dir", str(tmp_path), "--sweep", "ppo.lam=1", "--dry-run"]) == 0
     assert f"  {later.name}: serve, train, evaluate" in capsys.readouterr().out  # and not 20B's stages
     assert preset_of(tmp_path) == "demo" and preset_of(tmp_path / "none") is None
+    (tmp_path / first.name / "config.yaml").rename(tmp_path / "config.yaml.shared")
+    atomic.write_text(tmp_path / "shared/config.yaml", (tmp_path / "config.yaml.shared").read_text())
+    assert preset_of(tmp_path) == "demo"  # as before the shared stages are done

@@ -72,8 +72,8 @@ def make_points(sweeps: Sequence[str]) -> list[Point]:
 
 def preset_of(folder: Path) -> str | None:
     """The preset that the sweep's points began with, for those that it is given later; None where it has none yet."""
-    for raw in atomic.read_json(folder / POINTS) or []:
-        config = folder / Point(**raw).name / "config.yaml"
+    names = [Point(**raw).name for raw in atomic.read_json(folder / POINTS) or []]
+    for config in (folder / name / "config.yaml" for name in (SHARED, *names)):
         if config.exists():
             preset = (yaml.safe_load(config.read_text("utf-8")) or {}).get("preset")
             return None if preset is None else str(preset)

@@ -103,10 +103,10 @@ def submit_points(
     statuses = []
     for place in places:
         print(f"\npoint {place.point.name}", flush=True)
-        if taken := share.take(_shared_run(folder), place.run, place.config):
-            print(f"shared: {', '.join(taken)}")
         forced = tuple(stage for stage in place.selected if stage not in shared) if force else ()
         try:
+            if taken := share.take(_shared_run(folder), place.run, place.config):
+                print(f"shared: {', '.join(taken)}")
             statuses.append(one(place.folder, place.config, place.selected, forced, no_follow or executor == "slurm"))
         except UserError as fault:  # a point that cannot run keeps none of the others from it
             print(f"error: {fault} (point {place.point.name})", file=sys.stderr)

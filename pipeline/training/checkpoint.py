@@ -12,9 +12,11 @@ The state is copied to host memory; writing, hashing and syncing the copy goes o
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,8 @@ from pipeline.training.writer import Writer
 logger = logging.getLogger(__name__)
 
 _EXTRA = "phase_{}.bin"
+_PATIENCE_S = 300.0
+"""For what a training that failed was still writing."""
 _AT_ONCE = 2
 """Saves whose copies may be in memory together: a checkpoint's and a best policy's."""
 
@@ -162,6 +166,15 @@ class Checkpoints:
             raise error
         if said or first:
             raise UserError(first or said[0])
+
+    @contextlib.contextmanager
+    def finishing(self) -> Iterator[None]:
+        """When the block fails, let this rank's writing end first: the newest checkpoint must not be lost with it."""
+        try:
+            yield
+        except BaseException:
+            self._writer.finish(_PATIENCE_S)
+            raise
 
     def _open(self, target: Path) -> Path | None:
         """The folder to fill before it takes the place of `target`; None when that exists and is intact."""

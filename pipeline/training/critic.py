@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from pipeline.errors import UserError
 from pipeline.training.models import disable_dropout, load_reward_model
@@ -44,10 +44,6 @@ class Critic(nn.Module):
         score = model.score
         if not isinstance(score, nn.Linear) or score.out_features != 1:
             raise UserError(f"ppo.critic: {type(model).__name__}'s score head is not linear; take critic = head")
-        if not is_packable(model.config.model_type):
-            raise UserError(
-                f"ppo.critic: cannot train a reward model of the type '{model.config.model_type}'; take critic = head"
-            )
         self.body = model.base_model
         self.score = WideLinear(nn.Linear(score.in_features, 1).to(score.weight))
         with torch.no_grad():
@@ -76,10 +72,16 @@ def load_critic(folder: Path, device: torch.device, bias: float) -> Critic:
     return critic
 
 
-def check_vocabulary(same: bool, folder: Path) -> None:
-    """The critic reads the policy's ids: UserError where the reward model has others."""
+def check_critic(same: bool, folder: Path) -> None:
+    """UserError for a reward model that no critic can start from: another vocabulary, or a type that cannot be packed.
+
+    The critic reads the policy's ids.
+    """
     if not same:
         raise UserError(
             f"ppo.critic: the reward model ({folder}) has another tokenizer than the policy, whose ids a critic model "
             'would read; take "head"'
         )
+    kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+    if not is_packable(kind):
+        raise UserError(f"ppo.critic: a reward model of the type '{kind}' cannot be a critic; take \"head\"")

@@ -134,7 +134,9 @@ def fit(
     Per optimiser step the gradient is that of the mean over all ranks' terms, clipped. Returns early, saved and not
     complete, when asked to stop. UserError when a loss is not finite.
     """
-    return _Loop(accelerator, ranks, wrapped, optimizer, task, examples, course, keeping, hooks or Hooks()).run()
+    loop = _Loop(accelerator, ranks, wrapped, optimizer, task, examples, course, keeping, hooks or Hooks())
+    with keeping.checkpoints.finishing():
+        return loop.run()
 
 
 class _Loop(Generic[E]):

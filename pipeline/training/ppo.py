@@ -34,7 +34,7 @@ from pipeline.serving.model_store import reward_folder
 from pipeline.training.assemble import load_policy, mean_baseline, prepare, save_policy
 from pipeline.training.baselines import baseline_scores
 from pipeline.training.checkpoint import Checkpoints
-from pipeline.training.critic import check_vocabulary, load_critic
+from pipeline.training.critic import check_critic, load_critic
 from pipeline.training.distributed import whole_weights
 from pipeline.training.metrics import read_rows
 from pipeline.training.model_card import Card, write_card, write_generation_config
@@ -75,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
 
     with contextlib.closing(RewardSource(run, config, run.checkpoints / name / LEDGER, ranks)) as rewards:
         trainer, split = assemble(run, config, accelerator, ranks, progress, stop, name, rewards)
-        state, complete = trainer.train()
+        with trainer.checkpoints.finishing():
+            state, complete = trainer.train()
     if complete:
         save_policy(split, trainer.sampler.tokenizer, out / "policy", accelerator, ranks)
         artifacts = {"policy": "policy", **save_best(trainer, split, state, out)}
@@ -117,7 +118,7 @@ def assemble(
     rewards_from = reward_folder(run, config)
     same_ids = same_vocabulary(tokenizer_folder, rewards_from)
     if config.ppo.critic == "model":
-        check_vocabulary(same_ids, rewards_from)
+        check_critic(same_ids, rewards_from)
         check_positions(rewards_from, "train.seq_length", config.train.seq_length)
     split, reference = load_policy(start, config, accelerator)
     stops = StopSequences(tokenizer, config.generate.stop_sequences)

@@ -33,8 +33,7 @@ def sample(scores: Tensor, luck: Tensor, generate: Generate) -> tuple[Tensor, Te
         mass = keep_likely(scaled, generate.top_k, generate.top_p).exp().cumsum(dim=-1, dtype=torch.float64)
     if not bool(torch.isfinite(mass[:, -1]).all()):
         raise UserError(
-            "the policy's scores of the next token are not finite; resume from before they became so, with a "
-            "lower optimizer.lr"
+            "the policy's scores of the next token are not finite; train with a lower optimizer.lr, which begins anew"
         )
     place = luck[:, None].to(mass) * mass[:, -1:]
     tokens = torch.searchsorted(mass, place, right=True)  # (b, 1): the first id whose mass reaches beyond the place

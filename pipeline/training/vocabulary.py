@@ -38,7 +38,7 @@ def token_logprobs(
         )
         return logprobs, entropy if with_entropy else None
 
-    chunks = _chunks(head, len(hidden), max_logits)
+    chunks = _chunks(head, hidden, max_logits)
     if chunks == 1:
         return some(hidden, targets)
     parts = []
@@ -93,14 +93,14 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
     return wide if temperature == 1.0 else wide / temperature
 
 
-def _chunks(head: nn.Module, positions: int, max_logits: int) -> int:
+def _chunks(head: nn.Module, hidden: Tensor, max_logits: int) -> int:
     """In how many parts the positions meet the head. Where its weight is spread over the ranks (ZeRO-3), each call
     gathers it, so all ranks take as many as the one with the most positions needs."""
-    chunks = -(-max(1, positions) // max(1, max_logits // _vocabulary(head)))
-    weight = head.weight
+    chunks = -(-max(1, len(hidden)) // max(1, max_logits // _vocabulary(head)))
+    # Not head.weight: to DeepSpeed that is a use of the weight outside of its module, for which it is kept gathered.
+    weight = next(head.parameters(recurse=False))
     if hasattr(weight, "ds_id") and distributed.is_initialized():
-        assert isinstance(weight, Tensor)
-        most = torch.tensor(chunks, device=weight.device)
+        most = torch.tensor(chunks, device=hidden.device)
         distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
         chunks = int(most)
     return chunks

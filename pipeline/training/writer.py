@@ -36,11 +36,17 @@ class Writer:
         error, self._error = self._error, None
         return error
 
+    def finish(self, timeout_s: float) -> None:
+        """Let what was given be done, at most so long. For a process that is about to end; `wait` tells errors."""
+        if self._thread is not None:
+            self._work.put(None)
+            self._thread.join(timeout_s)
+
     def _run(self) -> None:
         while (work := self._work.get()) is not None:
-            if self._error is not None:
-                continue
             try:
-                work()
+                if self._error is None:
+                    work()
             except BaseException as error:
                 self._error = error
+            del work  # and with it the copies that it wrote, which may be as large as the training's own state
