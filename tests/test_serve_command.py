@@ -208,8 +208,13 @@ def test_a_stuck_server_is_started_again_and_no_reward_is_lost(server: Service, 
     scorer.close()
     assert asking.failure is None and server.restarts > before
     assert asking.rewards == local_rewards(run.artifact("convert", "model_store"), config)
-    again = endpoint.read(run)
-    assert again is not None and again.restarts > published.restarts and again.pid != published.pid
+
+    def published_again() -> bool:
+        """A moment after it answers on the same socket."""
+        again = endpoint.read(run)
+        return again is not None and again.restarts > published.restarts and again.pid != published.pid
+
+    tick_while(server, lambda: not published_again())
 
     def recorded() -> bool:
         file = service_metrics.path(run)
