@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.models.gptj.modeling_gptj import GPTJAttention
+
+from pipeline.training.attention import attention_replaced
 
 Segment = tuple[int, int, int]
 """Rows first to last (exclusive), and the columns that they may look at."""
@@ -46,27 +47,9 @@ def segments_of(lengths: Sequence[int]) -> list[Segment]:
 
 @contextmanager
 def ragged_attention(*parts: nn.Module) -> Iterator[None]:
-    """Have the parts' attention look at `in_segments`, where it is transformers' "sdpa"; others do without.
-
-    GPT-J's own, which is written out and widens the whole cache to float32 at each step, is replaced by torch's.
-    """
-    modules = [module for part in parts for module in part.modules()]
-    held: list[Any] = [module.config for module in modules if hasattr(module, "config")]
-    written_out = [module for module in modules if isinstance(module, GPTJAttention)]
-    taken = ("sdpa", "eager") if written_out else ("sdpa",)
-    configs = {id(config): config for config in held if getattr(config, "_attn_implementation", None) in taken}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    for config in configs.values():
-        config._attn_implementation = _NAME
-    for module in written_out:
-        module._attn = _gptj_attention
-    try:
+    """Have the parts' attention look at `in_segments` where it is transformers' "sdpa", or GPT-J's."""
+    with attention_replaced(parts, _NAME, _gptj_attention, only=("sdpa",)):
         yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
-        for module in written_out:
-            del module._attn
 
 
 @contextmanager
