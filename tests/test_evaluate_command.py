@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from helpers_ppo import finish_stage, make_run, tiny_config, tiny_model, tokeniz
 
 from pipeline.config.load import dump
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluate import main, mean_kl
+from pipeline.evaluation import evaluate as module
+from pipeline.evaluation.evaluate import all_logprobs, main, mean_kl
 from pipeline.result import render_summary
 from pipeline.run.directory import Artifact, Outputs
 from pipeline.stages.registry import REGISTRY
@@ -43,6 +46,25 @@ def test_a_policy_that_never_moved_ties_with_its_start(tmp_path: Path) -> None:
     assert report["win_rate"] == 0.5 and report["kl"] == 0.0
     assert report["paired"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 4}
     assert all(sample["sft"] == sample["policy"] for sample in report["samples"])
+
+
+def test_one_model_is_gone_before_the_next_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of 20 billion weights have no room on one GPU."""
+    load, models = module.load_causal_lm, list[weakref.ref]()
+
+    def only_one(*arguments: object) -> object:
+        assert [one for one in models if one() is not None] == []
+        model = load(*arguments)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(module, "load_causal_lm", only_one)
+    gc.disable()  # what goes in circles would stay
+    try:
+        evaluate(tmp_path, moved=True)
+    finally:
+        gc.enable()
+    assert len(models) == 2
 
 
 def test_the_report_compares_and_shows_both(tmp_path: Path) -> None:
@@ -110,4 +132,5 @@ def test_kl_is_the_mean_over_responses_of_the_summed_difference() -> None:
                     for split in (policy, start)
                 )
             slow += float((theirs - ours).exp() - 1 - (theirs - ours))
-    assert mean_kl(policy, start, responses, CONFIG) == pytest.approx(slow / 3, rel=1e-3)
+    ours, theirs = (all_logprobs(split, responses, CONFIG) for split in (policy, start))
+    assert mean_kl(ours, theirs, 3) == pytest.approx(slow / 3, rel=1e-3)

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 import torch
 import transformers
+from torch import Tensor
 
 from pipeline.config.schema import Config
 from pipeline.data.preferences import Preference, read_split
@@ -108,7 +109,11 @@ def compare(
     )
     chosen = score_answers(preferences, scoring, scorer, config.evaluate.batch_size)
 
-    def answers(split: Split, done: int, adjust: Adjust | None = None) -> list[Answer]:
+    def ask(path: Path, done: int, judged: Sequence[Response] | None = None) -> tuple[list[Answer], list[Tensor]]:
+        """A model's answers, and what it says of the `judged` ones (None: of its own). It is gone when that is known:
+        two of the largest have no room on one GPU."""
+        split = load_split(path, config)
+        adjust = load_steering(path, split) if path == trained else None
         sampler = Sampler(
             split,
             tokenizer,
@@ -120,15 +125,13 @@ def compare(
             adjust=adjust,
         )
         report = lambda count: progress.update(done + count, "sampling")  # noqa: E731
-        return sample_answers(sampler, preferences, config.evaluate.batch_size, config.seed, report)
+        answers = sample_answers(sampler, preferences, config.evaluate.batch_size, config.seed, report)
+        return answers, all_logprobs(split, judged or [answer.response for answer in answers], config, adjust)
 
-    base = load_split(start, config)
-    sft = answers(base, 0)
-    tuned = load_split(trained, config)
-    adjust = load_steering(trained, tuned)
-    policy = answers(tuned, len(preferences), adjust)
-    kl = mean_kl(tuned, base, [answer.response for answer in policy], config, adjust)
-    return build_report(run, config, preferences, sft, policy, chosen, kl)
+    policy, ours = ask(trained, 0)
+    responses = [answer.response for answer in policy]
+    sft, theirs = ask(start, len(preferences), responses)
+    return build_report(run, config, preferences, sft, policy, chosen, mean_kl(ours, theirs, len(responses)))
 
 
 def load_split(path: Path, config: Config) -> Split:
@@ -155,7 +158,9 @@ def sample_answers(
     chunks = []
     for number, rows in enumerate(blocks(range(len(preferences)), batch_size)):
         generator = generator_for(sampler.split.device, seed, "evaluate", number)
-        chunks.append(sampler.sample([preferences[row].prompt for row in rows], generator))
+        responses, pending = sampler.sample([preferences[row].prompt for row in rows], generator)
+        # The states at the cut are training's; of all answers together they take more room than a batch's cache.
+        chunks.append(([replace(response, states=response.states[:0].clone()) for response in responses], pending))
         report(rows[-1] + 1)
     return [
         Answer(sampler.scoring.text(response), score, response)
@@ -172,24 +177,23 @@ def load_steering(folder: Path, split: Split) -> Adjust | None:
     return steer(targets.to(split.device), beta, split.whole.dtype)
 
 
-def mean_kl(
-    policy: Split, start: Split, responses: Sequence[Response], config: Config, adjust: Adjust | None = None
-) -> float:
+def all_logprobs(
+    split: Split, responses: Sequence[Response], config: Config, adjust: Adjust | None = None
+) -> list[Tensor]:
+    """Log-probabilities of the responses' tokens, of `evaluate.batch_size` of them at a time (n,), on the host."""
+    batches = [[responses[row] for row in rows] for rows in blocks(range(len(responses)), config.evaluate.batch_size)]
+    return [response_logprobs(split, batch, config.generate.temperature, adjust).cpu() for batch in batches]
+
+
+def mean_kl(ours: Sequence[Tensor], theirs: Sequence[Tensor], responses: int) -> float:
     """KL(policy || start) in nats per response, by k3 on the policy's own samples."""
-    total = 0.0
-    for rows in blocks(range(len(responses)), config.evaluate.batch_size):
-        batch = [responses[row] for row in rows]
-        temperature = config.generate.temperature
-        ours = response_logprobs(policy, batch, temperature, adjust)
-        theirs = response_logprobs(start, batch, temperature)
-        total += float(kl_k3(ours, theirs).double().sum())
-    return total / len(responses)
+    return sum(float(kl_k3(*pair).double().sum()) for pair in zip(ours, theirs, strict=True)) / responses
 
 
 @torch.no_grad()
 def response_logprobs(
     split: Split, responses: Sequence[Response], temperature: float, adjust: Adjust | None = None
-) -> torch.Tensor:
+) -> Tensor:
     """Log-probabilities of all responses' tokens, one after the other (n,), by a forward of the whole model.
 
     With `adjust`, those of the scores that it makes, as the responses were sampled.

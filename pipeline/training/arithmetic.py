@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from pipeline.training.last_layer import alone_in_last_layer
 from pipeline.training.policy import Policy
 from pipeline.training.ranks import Ranks
 
@@ -39,11 +40,15 @@ class Arithmetic:
 
     trunk: int
     top: int
+    """Of the top, those that every token meets."""
     head: int
+    """With those of the last layer that sampled tokens alone meet (`last_layer_at`)."""
     value: int
     """A value head, which meets sampled tokens."""
     critic: int
-    """A critic of its own, which reads every token."""
+    """A critic of its own: what every token meets."""
+    critic_last: int
+    """What sampled tokens alone meet of it."""
     trained: int
 
     def phase(self, tokens: int, response: int, epochs: float) -> float:
@@ -52,16 +57,18 @@ class Arithmetic:
         Two a weight and token for a forward, two for the gradient of what enters and two for that of a trained weight
         (Kaplan et al. 2020, arXiv:2001.08361, section 2.1, without attention's own). Sampling passes the whole model,
         the old policy and the reference their tops, an epoch the top alone; sampled tokens meet head and value head.
+        What a prompt meets in the last layer while it is read is not counted.
         """
         once = 2.0 * (self.top * tokens + self.head * response)
-        values = 2.0 * (self.value * response + self.critic * tokens)
+        values = 2.0 * ((self.value + self.critic_last) * response + self.critic * tokens)
         sample = 2.0 * self.trunk * tokens + once
         return sample + 2.0 * once + values + self.update(tokens, response, epochs)
 
     def update(self, tokens: int, response: int, epochs: float) -> float:
         """FLOPs of the epochs alone."""
-        forward = 2.0 * ((self.top + self.critic) * tokens + (self.head + self.value) * response)
-        whole = self.top + self.head + self.value + self.critic
+        sampled = self.head + self.value + self.critic_last
+        forward = 2.0 * ((self.top + self.critic) * tokens + sampled * response)
+        whole = self.top + self.critic + sampled
         return epochs * forward * (2.0 + min(1.0, self.trained / max(1, whole)))
 
 
@@ -70,7 +77,17 @@ def arithmetic(trunk: nn.Module, policy: Policy) -> Arithmetic:
     parts = (policy.top.part, policy.top.head, policy.value, policy.critic)
     top, head, value, critic = map(_weights, parts)
     trained = sum(_weights(part, trained=True) for part in parts)
-    return Arithmetic(_weights(trunk), top, head, value, critic, trained)
+    last = sum(map(_weights, alone_in_last_layer(policy.top.part.body)))
+    last_of_critic = sum(map(_weights, alone_in_last_layer(policy.critic.body))) if policy.critic else 0
+    return Arithmetic(
+        trunk=_weights(trunk),
+        top=top - last,
+        head=head + last,
+        value=value,
+        critic=critic - last_of_critic,
+        critic_last=last_of_critic,
+        trained=trained,
+    )
 
 
 def peak_flops(device: torch.device, given_tflops: float | None) -> float | None:

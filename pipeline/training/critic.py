@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from pipeline.errors import UserError
+from pipeline.training.last_layer import last_layer_at
 from pipeline.training.models import disable_dropout, load_reward_model
 from pipeline.training.packed import is_packable, packed
 from pipeline.training.split import unregister_buffers
@@ -57,7 +58,7 @@ class Critic(nn.Module):
         index: Tensor,  # (n,) places in T
     ) -> Tensor:  # (n,) float32
         """The values at `index`."""
-        with packed(self.body, lengths, ids.device) as positions:
+        with packed(self.body, lengths, ids.device) as positions, last_layer_at(self.body, index):
             hidden = self.body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0, index]
         values: Tensor = self.score(hidden).squeeze(-1)
         return values

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pipeline.config.methods import ILQL
 from pipeline.training.ilql_heads import Heads, TargetHeads
 from pipeline.training.ilql_losses import Terms, ilql_terms, total_loss
+from pipeline.training.last_layer import last_layer_at
 from pipeline.training.split import Split, Top, alias_tree
 from pipeline.training.vocabulary import token_logprobs
 
@@ -43,7 +44,8 @@ class ILQLModule(nn.Module):
         settings = self._settings
         with torch.no_grad():
             states = self._trunk[0](ids)
-        hidden = self.top.part(states).flatten(0, 1).index_select(0, places)  # (N, H)
+        with last_layer_at(self.top.part.body, places):
+            hidden = self.top.part(states).flatten(0, 1).index_select(0, places)  # (N, H)
         values = self.heads.values(hidden)
         target_q = self.targets.smallest_taken(hidden.detach(), actions)
         if settings.cql_scale:

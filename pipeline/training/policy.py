@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.training.critic import Critic, WideLinear
+from pipeline.training.last_layer import last_layer_at
 from pipeline.training.packed import packed
 from pipeline.training.split import Top
 from pipeline.training.vocabulary import token_logprobs
@@ -86,6 +87,6 @@ def reference_logprobs(
 
 def _hidden(top: Top, states: Tensor, lengths: Sequence[int], index: Tensor) -> Tensor:
     """The last hidden states (n, H) at `index` of rows of these lengths."""
-    with packed(top.part, lengths, states.device) as positions:
+    with packed(top.part, lengths, states.device) as positions, last_layer_at(top.part.body, index):
         hidden: Tensor = top.part(states, None, positions)  # (1, T, H)
     return hidden[0, index]

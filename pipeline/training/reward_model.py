@@ -35,7 +35,7 @@ from pipeline.training.model_card import Card, write_card
 from pipeline.training.models import check_positions, disable_dropout, load_reward_model
 from pipeline.training.packing import additive
 from pipeline.training.report_once import run_rank
-from pipeline.training.supervised import start, train
+from pipeline.training.supervised import hidden_states, start, train
 from pipeline.training.task import Task
 
 if TYPE_CHECKING:
@@ -111,11 +111,9 @@ def answer_mask(segments: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def scores(model: PreTrainedModel, ids: Tensor, positions: Tensor, segments: Tensor, ends: Tensor) -> Tensor:
     """Rewards of both answers, float32: the score head at their last tokens. # 3 x (B, T), (B, 2) -> (B, 2)"""
-    output = model.base_model(
-        input_ids=ids, position_ids=positions, attention_mask=answer_mask(segments, model.dtype), use_cache=False
-    )
     rows = torch.arange(len(ids), device=ids.device).unsqueeze(1) * ids.shape[1]  # (B, 1)
-    hidden = output.last_hidden_state.flatten(0, 1).index_select(0, (rows + ends).flatten())  # (2B, H)
+    mask = answer_mask(segments, model.dtype)
+    hidden = hidden_states(model, ids, (rows + ends).flatten(), positions, mask)  # (2B, H)
     return model.score(hidden).float().view(-1, 2)  # type: ignore[no-any-return]
 
 

@@ -121,7 +121,7 @@ class ResponseLoss(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # (), (1,)
         """The sum, and the same detached as float64."""
         mask = None if segments is None else block_mask(segments, self.model.dtype)
-        hidden = hidden_states(self.model, ids, positions, mask).flatten(0, 1).index_select(0, places)  # (N, H)
+        hidden = hidden_states(self.model, ids, places, positions, mask)  # (N, H)
         logits = self.model.get_output_embeddings()(hidden)  # (N, V)
         loss = F.cross_entropy(logits.float(), targets, reduction="sum")
         return loss, loss.detach().double().reshape(1)

@@ -26,25 +26,31 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """Where an architecture's base model keeps its parts."""
 
     layers: str
     norm: str
     embeddings: tuple[str, ...]
     """Modules that only the trunk needs."""
+    alone: tuple[str, ...]
+    """Modules of a layer whose output at a position nothing reads at another one: all but keys and values."""
     dropout: str | None = None
     positions: str | None = None
     """A learned position embedding: added to whatever enters the base model, so the top's must add nothing."""
 
 
-_LAYOUTS = {
-    "gpt_neox": _Layout("layers", "final_layer_norm", ("embed_in",), dropout="emb_dropout"),
-    "gptj": _Layout("h", "ln_f", ("wte",), dropout="drop"),
-    "gpt2": _Layout("h", "ln_f", ("wte",), dropout="drop", positions="wpe"),
-    "llama": _Layout("layers", "norm", ("embed_tokens",)),
-    "qwen2": _Layout("layers", "norm", ("embed_tokens",)),
+_OF_LLAMA = Layout("layers", "norm", ("embed_tokens",), ("self_attn.q_proj", "self_attn.o_proj", "mlp"))
+LAYOUTS = {
+    "gpt_neox": Layout(
+        "layers", "final_layer_norm", ("embed_in",), ("attention.dense", "mlp"), dropout="emb_dropout"
+    ),
+    "gptj": Layout("h", "ln_f", ("wte",), ("attn.q_proj", "attn.out_proj", "mlp"), dropout="drop"),
+    "gpt2": Layout("h", "ln_f", ("wte",), ("attn.c_proj", "mlp"), dropout="drop", positions="wpe"),
+    "llama": _OF_LLAMA,
+    "qwen2": _OF_LLAMA,
 }
+"""By model type."""
 
 
 class Part(nn.Module):
@@ -142,9 +148,9 @@ def split_model(model: PreTrainedModel, layers_unfrozen: int) -> Split:
     that is not known, or a number of layers that the model does not have.
     """
     kind = str(model.config.model_type)
-    layout = _LAYOUTS.get(kind)
+    layout = LAYOUTS.get(kind)
     if layout is None:
-        raise UserError(f"model.path: PPO does not know the architecture '{kind}'; it knows: {', '.join(_LAYOUTS)}")
+        raise UserError(f"model.path: PPO does not know the architecture '{kind}'; it knows: {', '.join(LAYOUTS)}")
     base = model.base_model
     layers = list(getattr(base, layout.layers))
     if layers_unfrozen != -1 and not 1 <= layers_unfrozen <= len(layers):
@@ -168,7 +174,7 @@ def split_model(model: PreTrainedModel, layers_unfrozen: int) -> Split:
     return Split(model, trunk.eval(), top.eval(), tied)
 
 
-def _lower(base: nn.Module, layout: _Layout, cut: int) -> Part:
+def _lower(base: nn.Module, layout: Layout, cut: int) -> Part:
     """Embeddings and layers[:cut], without the final norm."""
     body = _alias(base)
     body.config = _config_of_layers(body.config, 0, cut)
@@ -177,7 +183,7 @@ def _lower(base: nn.Module, layout: _Layout, cut: int) -> Part:
     return Part(body, takes_ids=True)
 
 
-def _upper(base: nn.Module, layout: _Layout, cut: int) -> Part:
+def _upper(base: nn.Module, layout: Layout, cut: int) -> Part:
     """layers[cut:] and the final norm; with the embeddings where nothing lies below."""
     body = _alias(base)
     layers = list(getattr(base, layout.layers))

@@ -29,6 +29,7 @@ from pipeline.training.batches import E, epoch_steps
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.distributed import configure_deepspeed, uses_deepspeed
 from pipeline.training.fit import Course, Hooks, Keeping, fit
+from pipeline.training.last_layer import last_layer_at
 from pipeline.training.metrics import Row, read_rows
 from pipeline.training.ranks import Ranks, make_accelerator
 from pipeline.training.stop import EX_TEMPFAIL, STOPPED, StopRequest
@@ -273,11 +274,15 @@ def save_trained(
 
 
 def hidden_states(
-    model: PreTrainedModel, ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None
+    model: PreTrainedModel, ids: Tensor, places: Tensor, positions: Tensor | None = None, mask: Tensor | None = None
 ) -> Tensor:
-    """Final hidden states of right-padded rows. # (B, T), (B, T), (B, 1, T, T) -> (B, T, H)
+    """Final hidden states at `places` (n,) in the flat (B * T) of right-padded rows.
+
+    # (B, T), (n,), (B, T), (B, 1, T, T) -> (n, H)
 
     Without a mask, no attention mask: padding lies behind every real token, where a causal model does not look.
     """
-    output: Any = model.base_model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
-    return output.last_hidden_state  # type: ignore[no-any-return]
+    with last_layer_at(model.base_model, places):
+        output: Any = model.base_model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
+    hidden: Tensor = output.last_hidden_state
+    return hidden.flatten(0, 1).index_select(0, places)
