@@ -94,17 +94,18 @@ def packed_attention(
         return output.unsqueeze(0), None
     if key.shape[1] != query.shape[1]:  # several heads share a key
         key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1) for tensor in (key, value))
-    outputs, start = [], 0
-    for length, group in groupby(layout.lengths):
-        count = len(list(group))
-        parts = [tensor[0, :, start : start + count * length] for tensor in (query, key, value)]
+    runs = [(length, len(list(group))) for length, group in groupby(layout.lengths)]
+    # Cut by one operation: as many slices would each leave a gradient as large as the whole.
+    sizes = [length * count for length, count in runs]
+    pieces = [torch.split(tensor[0], sizes, dim=1) for tensor in (query, key, value)]
+    outputs = []
+    for (length, count), *parts in zip(runs, *pieces, strict=True):
         q, k, v = (
             part.reshape(len(part), count, length, -1).transpose(0, 1) for part in parts
         )  # (count, H, length, D)
         mask = _window_mask(length, sliding_window, query.device)
         output = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
         outputs.append(output.transpose(1, 2).flatten(0, 1))  # (count * length, H, D)
-        start += count * length
     return torch.cat(outputs).unsqueeze(0), None
 
 

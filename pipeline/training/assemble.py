@@ -83,6 +83,7 @@ def prepare(
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
+        fused=True,
     )
     configure_deepspeed(accelerator, config.train.micro_batch_size or config.train.batch_size, settings.max_grad_norm)
     if uses_deepspeed(accelerator):

@@ -61,6 +61,7 @@ def prepare(module: ILQLModule, config: Config, accelerator: Accelerator) -> tup
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
+        fused=True,
     )
     configure_deepspeed(accelerator, 1, settings.max_grad_norm)  # task.py says which backward pass is a step's last
     wrapped, prepared = accelerator.prepare(module, optimizer)

@@ -57,4 +57,5 @@ class _Picked:
 
     def after(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
         zeros = output.new_zeros(self.shape.numel(), output.shape[-1])
-        return zeros.index_copy(0, self.places, output).unflatten(0, self.shape)  # (B, T, H)
+        whole = zeros.index_copy(0, self.places, output)
+        return whole.view(*self.shape, -1)  # (B, T, H)

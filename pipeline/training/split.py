@@ -42,9 +42,7 @@ class Layout:
 
 _OF_LLAMA = Layout("layers", "norm", ("embed_tokens",), ("self_attn.q_proj", "self_attn.o_proj", "mlp"))
 LAYOUTS = {
-    "gpt_neox": Layout(
-        "layers", "final_layer_norm", ("embed_in",), ("attention.dense", "mlp"), dropout="emb_dropout"
-    ),
+    "gpt_neox": Layout("layers", "final_layer_norm", ("embed_in",), ("attention.dense", "mlp"), dropout="emb_dropout"),
     "gptj": Layout("h", "ln_f", ("wte",), ("attn.q_proj", "attn.out_proj", "mlp"), dropout="drop"),
     "gpt2": Layout("h", "ln_f", ("wte",), ("attn.c_proj", "mlp"), dropout="drop", positions="wpe"),
     "llama": _OF_LLAMA,
