@@ -243,15 +243,19 @@ def test_the_same_command_submits_what_is_left(
     assert (ids(tmp_path, NAMES[1]), ids(tmp_path, NAMES[2])) == (["103"], ["104", "105"])
 
 
-def test_what_runs_on_the_login_node_is_done_before_the_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("last", "submitted"), [(1, 1), (130, 0)])
+def test_what_runs_on_the_login_node_is_done_before_the_arrays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int, submitted: int
+) -> None:
     calls = fake_slurm(monkeypatch, tmp_path, "")
+    calls.touch()
     ran = []
 
     def one(folder: Path, given: Config, selected: Sequence[str], forced: Sequence[str], no_follow: bool) -> int:
         ran.append((folder.name, list(selected)))
         run = RunDir(folder)
         finish(Context(run, given, HashCache(run.root / "hashes.json")), *selected)
-        return 1 if folder.name == NAMES[2] else 0
+        return last if folder.name == NAMES[2] else 0  # its prefetch fails, or Ctrl-C ends it all
 
     profile = PROFILE + "on_login_node: [prefetch]\n"
     places = resolve_points(
@@ -260,10 +264,11 @@ def test_what_runs_on_the_login_node_is_done_before_the_arrays(tmp_path: Path, m
         lambda run, given: config(tmp_path, *given, profile=profile),
         lambda config: ("prefetch", "sft"),
     )
-    assert submit_points(tmp_path / "s", places, False, True, one, lambda folder: 0) == 1
+    assert submit_points(tmp_path / "s", places, False, True, one, lambda folder: 0) == last
     assert ran == [(name, ["prefetch"]) for name in NAMES]
-    assert [ids(tmp_path, name) for name in NAMES[:2]] == [["101_0"], ["101_1"]]
-    assert len(called(calls, "sbatch")) == 1
+    assert len(called(calls, "sbatch")) == submitted
+    if submitted:
+        assert [ids(tmp_path, name) for name in NAMES[:2]] == [["101_0"], ["101_1"]]
 
 
 # What is said
@@ -272,6 +277,8 @@ def test_what_runs_on_the_login_node_is_done_before_the_arrays(tmp_path: Path, m
 def test_a_dry_run_says_that_there_will_be_arrays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(sweep(tmp_path, "--at-once", "2", "--dry-run")) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "  job arrays of 3 points, at most 2 at once: prefetch, sft"
+    assert main(sweep(tmp_path, "--stage", "sandbox", "--dry-run")) == 0
+    assert "job arrays" not in capsys.readouterr().out  # all of it is shared
     assert not (tmp_path / "s").exists()
 
 

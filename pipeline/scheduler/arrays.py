@@ -6,7 +6,6 @@ task's logs through the link, and the script finds its run by it; so all else of
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from pipeline.stages.plan import Planned
 ARRAYS = "arrays"
 _RUN = '"$hh_run"'
 """A task's run directory, to its shell."""
-_NO_ARRAYS = re.compile(r"[Jj]ob array spec|[Ii]nvalid.* array")
+_NO_ARRAYS = "Invalid job array specification"
 """sbatch's words where a site has no arrays, or none of so many tasks (MaxArraySize)."""
 
 
@@ -80,7 +79,7 @@ def submit(folder: Path, members: Sequence[Member], at_once: int | None = None) 
 
 def refused(error: UserError) -> bool:
     """Whether sbatch takes no such array here, though it may take the same jobs one by one."""
-    return _NO_ARRAYS.search(str(error)) is not None
+    return _NO_ARRAYS in str(error)
 
 
 def target(
@@ -103,7 +102,7 @@ def target(
 
 
 def _render(member: Member, job: Job) -> str:
-    """The script but for what the members of a submission share anyway."""
+    """The script of a member's array, but for what a submission decides: two that differ cannot be one."""
     of_any = target(Path("/"), "", job, "", _avoided(member.run), 1, None)
     return script.render_for(of_any, "", member.config.cluster, job)
 
@@ -127,7 +126,8 @@ def _submit_all(members: Sequence[Member], submitted: list[Submission], at_once:
             if held:
                 for task, depends in enumerate(waits):
                     slurm.update(f"{ids[-1]}_{task}", {"Dependency": depends or ""})
-                slurm.release(ids[-1])
+                if not cluster.extra.get("hold"):
+                    slurm.release(ids[-1])
             for task, member in enumerate(members):
                 submitted[task] = submitted[task].with_job(replace(job, job_id=f"{ids[-1]}_{task}"))
                 submissions.write(member.run, submitted[task])

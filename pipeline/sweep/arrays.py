@@ -51,7 +51,7 @@ def show(places: Sequence[Place], shared: Sequence[str], at_once: int | None) ->
         planned = [Planned(stage, "run", "") for stage in place.selected if stage not in shared]
         members.append(Member(place.run, place.config, tuple(divide(place.config, planned)[1])))
     for group in arrays.alike(members):
-        if len(group) > 1:
+        if len(group) > 1 and group[0].jobs:
             print(f"  {_described(group, at_once)}: {', '.join(job.name for job in group[0].jobs)}")
 
 

@@ -87,6 +87,8 @@ def submit_points(
     statuses: dict[str, int] = {}
     if executor == "slurm":
         statuses = arrays.submit(folder, places, _shared_run(folder), forced, at_once, one)
+        if ENDED_BY_HAND in statuses.values():
+            return ENDED_BY_HAND
     for place in places:
         name = place.point.name
         if name not in statuses:

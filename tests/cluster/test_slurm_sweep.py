@@ -17,15 +17,26 @@ from pipeline.scheduler import submission as submissions
 
 pytestmark = [pytest.mark.slurm]
 
-SLOW = """
+WORK = """
 import os, time
 from pathlib import Path
 
-slow = {"1": True, "2": "SLURM_RESTART_COUNT" not in os.environ}.get(os.environ.get("SLURM_ARRAY_TASK_ID"), False)
-if slow and "QUICK" not in os.environ and b"pipeline.data.prefetch" in Path("/proc/self/cmdline").read_bytes():
-    time.sleep(300)
+words = Path("/proc/self/cmdline").read_text().split("\\0")
+if "-m" in words and words[words.index("-m") + 1] in ("pipeline.data.prefetch", "pipeline.training.sft"):
+    task, first = os.environ["SLURM_ARRAY_TASK_ID"], "SLURM_RESTART_COUNT" not in os.environ
+    if "pipeline.data.prefetch" in words and "QUICK" not in os.environ:
+        if task == "0" and first:
+            os.write(2, b"RuntimeError: No CUDA GPUs are available\\n")
+            os._exit(1)
+        if task == "1" or (task == "2" and first):
+            time.sleep(300)
+    out = Path(words[words.index("--out") + 1])
+    (out / "made").write_text(task)
+    (out / "result.json").write_text('{"artifacts": {"data": "made", "model": "made"}, "values": {}}')
+    os._exit(0)
 """
-"""The site's sitecustomize.py: a first stage that takes long for one point, and for another at its first start."""
+"""The site's sitecustomize.py stands in for the stages' work. The first stage meets a broken node at the first point's
+first start; it takes long for the second point, and for the third at its first start."""
 
 
 def status(run: Path, stage: str) -> str:
@@ -33,10 +44,16 @@ def status(run: Path, stage: str) -> str:
     return next(line for line in command("status", run).out.splitlines() if line[2:].startswith(f"{stage} "))
 
 
-def test_of_three_points_one_is_cancelled_one_is_queued_again_and_the_others_go_on(
+def nodes(run: Path) -> list[str]:
+    """Where the attempts at the first stage ran."""
+    records = (atomic.read_json(path) for path in sorted(run.glob("stages/prefetch/attempts/*/job.json")))
+    return [record["slurmd_nodename"] for record in records if record is not None]
+
+
+def test_of_three_points_one_tries_again_one_is_cancelled_and_one_is_queued_again(
     slurm: MiniSlurm, tmp_path: Path
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(SLOW)
+    (tmp_path / "sitecustomize.py").write_text(WORK)
     profile, folder = tmp_path / "profile.yaml", tmp_path / "a sweep"
     profile.write_text(yaml.safe_dump({**PROFILE, "environment": {"PYTHONPATH": str(tmp_path)}, "retries": 1}))
     stages = ("--stage", "prefetch,sft", "--sweep", "seed=1,2,3", "--cluster", profile)
@@ -50,22 +67,27 @@ def test_of_three_points_one_is_cancelled_one_is_queued_again_and_the_others_go_
     runs = [folder / f"seed={seed}" for seed in (1, 2, 3)]
     slow = [("-m pipeline.data.prefetch", run) for run in runs]
 
-    # The first point ends its stage, and the third one takes its place.
+    # The third point takes the first one's place, which waits for its retry or has ended well.
     wait_for(lambda: all(pids_running(run, words) for words, run in slow[1:]), "the second and the third point")
     waits = f"job {sft}_1 waits for the jobs before it (Dependency)"  # which Slurm says once it has looked at it
     wait_for(lambda: waits in status(runs[1], "sft"), "the reason", 60)
     slurm.command("scontrol", "requeue", f"{prefetch}_2")
     assert "cancelled prefetch, sft" in command("cancel", runs[1]).out
     wait_for(slurm.empty, "the other points to end", 180)
+    bad, good = nodes(runs[0])
+    assert bad != good
+    excluded = [slurm.command("scontrol", "--oneliner", "show", "job", f"{sft}_{task}") for task in (0, 2)]
+    assert [re.search(r" ExcNodeList=(\S+)", each)[1] for each in excluded] == [bad, "(null)"]  # and no other point's
 
     for run, task in ((runs[0], 0), (runs[2], 2)):
         submission = submissions.read(RunDir(run))
         assert submission is not None
         assert [job.job_id for job in submission.jobs] == [f"{prefetch}_{task}", f"{sft}_{task}"]
-        assert RunDir(run).outputs("sft") is not None, status(run, "sft")
+        assert RunDir(run).artifact("sft", "model").read_text() == str(task)
         assert (run / "jobs" / f"{submission.id}-sft" / f"{sft}_{task}_0_log.err").stat().st_size
     again = atomic.read_json(runs[2] / "stages" / "prefetch" / "attempts" / "0002" / "job.json")
-    assert again is not None and again["slurm_restart_count"] == "1"
+    assert again is not None
+    assert (again["slurm_job_id"], again["slurm_restart_count"]) == (f"{prefetch}_2", "1")
     shown = command("sweep", folder).out.splitlines()
     assert [line.split()[:3] for line in shown[1:4]] == [
         *(["1", "sft", "done"], ["2", "cancelled:", "prefetch"], ["3", "sft", "done"]),
