@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="KEY=V1,V2,...",
         help="one run for each value, below --run-dir; with several, for each combination",
     )
+    add("--at-once", type=int, metavar="N", help="with --sweep on Slurm: at most N points run a stage at the same time")
     add("--cluster", metavar="NAME|FILE", help="cluster profile: a name in slurm/, or a YAML file (default: local)")
     add("--force", action="store_true", help="run the chosen stages even where they are up to date")
     add("--dry-run", action="store_true", help="print the plan and every command line; change nothing")
@@ -82,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_dir = arguments.run_dir or Path("runs") / chosen_preset(arguments.preset)
     if arguments.sweep:
         return _sweep(arguments, arguments.run_dir or run_dir.with_name(f"{run_dir.name}-sweep"), select)
+    if arguments.at_once is not None:
+        raise UserError(f"--at-once {arguments.at_once}: it is for the points of a --sweep; leave it out")
     run = RunDir(Path(os.path.abspath(run_dir)))
     script.check_path(run.root)
     provenance.check_layout(run)
@@ -107,9 +110,10 @@ def _sweep(arguments: argparse.Namespace, folder: Path, select: Callable[[Config
 
     places = resolve_points(folder, make_points(arguments.sweep), resolve, select)
     if arguments.dry_run:
-        show_points(folder, places)
+        show_points(folder, places, arguments.at_once)
         return 0
-    return submit_points(folder, places, arguments.force, arguments.no_follow, submit_one, follow_one)
+    options = arguments.force, arguments.no_follow
+    return submit_points(folder, places, *options, submit_one, follow_one, arguments.at_once)
 
 
 def submit_one(
@@ -141,7 +145,7 @@ def submit_one(
                 if all(each.action == "skip" for each in planned):
                     _say_nothing_to_do(run_dir, planned, time.monotonic() - started)
                     return 0
-                _say_plan(run_dir, planned)
+                say_plan(run_dir, planned)
                 here, rest = divide(config, planned)
                 current = submit(run, config, here or rest, forced, "local" if here else None, earlier)
         if current.executor == config.cluster.executor:
@@ -205,7 +209,8 @@ def _say_nothing_to_do(run_dir: Path, planned: Sequence[Planned], seconds: float
         print(f"  {each.stage:<13}{REGISTRY[each.stage].headline(values) if values else each.reason}")
 
 
-def _say_plan(run_dir: Path, planned: Sequence[Planned]) -> None:
+def say_plan(run_dir: Path, planned: Sequence[Planned]) -> None:
+    """What is to run, and why."""
     print(f"{run_dir}: {sum(each.action != 'skip' for each in planned)} of {len(planned)} stages to run")
     for each in planned:
         print(f"  {each.stage:<13}{each.action:<7}{each.reason}")

@@ -20,7 +20,7 @@ from pipeline.config.cluster import Cluster
 from pipeline.config.schema import Config
 from pipeline.run import atomic, endpoint, hashing
 from pipeline.run.directory import RunDir
-from pipeline.scheduler.options import leader_lines
+from pipeline.scheduler.options import Where, leader_lines
 from pipeline.scheduler.state import recorded_state
 from pipeline.scheduler.submission import Job, Submission
 from pipeline.stages import execute, node_share, nodes, service
@@ -257,12 +257,13 @@ def test_a_job_whose_first_task_is_done_ends_well_whatever_became_of_the_others(
     fake_slurm(monkeypatch, tmp_path, srun="exit 137")  # of the worst task
     assert lead(run, Nodes(2), lambda: word) == word
     cluster = Cluster.model_validate({"stages": {"train": {"nodes": 2}}})
-    script = "\n".join([*leader_lines(cluster, run.root, Job(("train",))), "srun --wait=0 'a work'"])
+    where = Where.at(run.root, run.root / "code")
+    script = "\n".join([*leader_lines(cluster, where, Job(("train",))), "srun --wait=0 'a work'"])
     assert subprocess.run(["bash", "-c", script], check=False).returncode == expected
     later = {**os.environ, "SLURM_RESTART_COUNT": "1"}  # whose first task has not said a word yet
     assert subprocess.run(["bash", "-c", script], check=False, env=later).returncode == 137
     assert (tmp_path / "calls").read_text() == "srun --wait=0 a work\n" * 2
-    assert leader_lines(cluster, run.root, Job(("sft",))) == []
+    assert leader_lines(cluster, where, Job(("sft",))) == []
 
 
 def test_a_leader_that_fails_is_not_done(run: RunDir) -> None:

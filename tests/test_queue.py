@@ -60,6 +60,10 @@ def test_a_malformed_line_is_no_error(line: str) -> None:
             "job 7 waits for free nodes (Resources), expected Nov 26 14:05",
         ),
         ("7|PENDING|Dependency||N/A|0:00|30:00", "job 7 waits for the jobs before it (Dependency)"),
+        (
+            "7_2|PENDING|JobArrayTaskLimit||N/A|0:00|30:00",
+            "job 7_2 waits until fewer points of its sweep run (JobArrayTaskLimit)",
+        ),
         ("7|PENDING|AssocGrpGRES||N/A|0:00|30:00", "job 7 waits for a limit of its account or QoS (AssocGrpGRES)"),
         ("7|PENDING|SomethingNew||N/A|0:00|30:00", "job 7 waits (SomethingNew)"),
         ("7|RUNNING|None|n1|2026-11-25T10:00:00|5:00|54:59", "job 7 on n1, 54 min left"),

@@ -17,7 +17,7 @@ from pipeline.run.directory import RunDir
 from pipeline.scheduler import needs, retries, script, slurm
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.needs import Need
-from pipeline.scheduler.options import retry_lines, slurm_options
+from pipeline.scheduler.options import Where, retry_lines, slurm_options
 from pipeline.scheduler.retries import Asked, Retry, Room, decide
 from pipeline.scheduler.state import recorded_state, set_state
 from pipeline.scheduler.submission import Job, Submission
@@ -368,14 +368,15 @@ def test_a_script_asks_for_another_try_and_ends_as_it_would(tmp_path: Path, end:
     python = tmp_path / "it's python"
     python.write_text(f'#!/bin/sh\necho "$SUBMITIT_EXECUTOR $PYTHONPATH $*" > "{tmp_path}/called"\nexit 3\n')
     python.chmod(0o755)
-    lines = retry_lines(cluster(), str(python), tmp_path / "a run", tmp_path / "code", Job(("serve", "train")), "s1")
+    where = Where.at(tmp_path / "a run", tmp_path / "code")
+    lines = retry_lines(cluster(), str(python), where, Job(("serve", "train")), "s1")
     done = subprocess.run(["bash", "-c", "\n".join([*lines, end])], check=False, capture_output=True, text=True)
     expected = {"exit 7": 7, "true": 0}.get(end, 1)
     assert done.returncode == expected
     called = tmp_path / "called"
     words = f"slurm {tmp_path}/code -m pipeline.stages.retry {tmp_path}/a run serve+train s1 {expected}\n"
     assert (called.read_text() if called.exists() else "") == (words if expected else "")
-    assert retry_lines(cluster(retries=0), str(python), tmp_path, tmp_path, Job(("sft",)), "s1") == []
+    assert retry_lines(cluster(retries=0), str(python), where, Job(("sft",)), "s1") == []
 
 
 def test_a_record_is_claimed_by_one_process_only(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_slurm_is_asked_once_for_all_jobs_and_then_left_alone(run, tmp_path, mon
         assert resolve(run, submission, "sft").state == "failed"  # not in the queue, and never said how it ended
         assert resolve(run, submission, "train").state == "pending"
     asked = [line for line in calls.read_text().splitlines() if not line.startswith("sacct")]
-    assert asked == [f"squeue --noheader --format={queue.FIELDS} --jobs=7,8", "scontrol --oneliner show job 7"]
+    assert asked == [f"squeue --noheader --array --format={queue.FIELDS} --jobs=7,8", "scontrol --oneliner show job 7"]
 
 
 def test_jobs_that_slurm_has_forgotten_are_over(run, tmp_path, monkeypatch) -> None:

@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.run import atomic
 from pipeline.run.directory import Outputs, RunDir
 from pipeline.run.hashing import HashCache
+from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.state import set_state
 from pipeline.stages.base import Context
 from pipeline.stages.plan import make_plan
@@ -191,11 +192,12 @@ def test_on_slurm_the_shared_jobs_come_first_and_then_all_points(
     finish(context(folder / "shared", config), *BEFORE)
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    lines = [line for line in calls.read_text().splitlines() if "sbatch" in line][5:]
-    assert [name for name in ("ppo.lam=0.9", "ppo.lam=1.0") for line in lines if f"{name}/" in line] == [
-        *["ppo.lam=0.9"] * 2,  # serve+train, then evaluate
-        *["ppo.lam=1.0"] * 2,
-    ]
+    first, then = [line for line in calls.read_text().splitlines() if "sbatch" in line][5:]
+    assert "/arrays/" in first and "/serve+train/" in first and "--dependency" not in first
+    assert "--dependency=aftercorr:105" in then and "/evaluate/" in then
+    assert "submitted as job arrays of 2 points: serve+train (105), evaluate (106)" in out
+    records = [submissions.read(RunDir(folder / name)) for name in ("ppo.lam=0.9", "ppo.lam=1.0")]
+    assert [[job.job_id for job in each.jobs] for each in records if each] == [["105_0", "106_0"], ["105_1", "106_1"]]
     assert "shared: prefetch, sft, reward-model, sandbox, convert" in out
 
 

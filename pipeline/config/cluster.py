@@ -92,6 +92,8 @@ class Cluster(Section):
     """The longest time limit that a retry may ask for; None: no bound."""
     max_mem_gb: int | None = Field(None, ge=1)
     """The most memory that a retry may ask for; None: no bound."""
+    job_arrays: bool = True
+    """Whether a sweep's points are tasks of job arrays, one for each stage's job; false: each has jobs of its own."""
     extra: dict[str, str | int | bool] = Field(default_factory=dict)
     """Further sbatch options, by their long names."""
     default: Resources = Resources()

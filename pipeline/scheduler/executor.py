@@ -66,11 +66,15 @@ def submit_jobs(run: RunDir, submission: Submission, cluster: Cluster) -> Submis
     return recorded
 
 
+def leave_surroundings(here: bool = False) -> None:
+    """Drop from this process's environment what its jobs must not inherit."""
+    for key in os.environ.keys() - passed_on(os.environ, here).keys():
+        del os.environ[key]
+
+
 def _submit_all(run: RunDir, submission: Submission, cluster: Cluster, code: Path) -> None:
     local = submission.executor == "local"
-    inherited = passed_on(os.environ, here=local)
-    for key in os.environ.keys() - inherited.keys():
-        del os.environ[key]
+    leave_surroundings(here=local)
     if local:
         # submitit's local executor overwrites CUDA_VISIBLE_DEVICES; the job puts it back.
         os.environ[VISIBLE_DEVICES] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
@@ -82,19 +86,20 @@ def _submit_all(run: RunDir, submission: Submission, cluster: Cluster, code: Pat
                 job_id = _start_local(run, submission, cluster, job)
                 submitted = replace(job, job_id=job_id, process=procs.process_of(int(job_id)))
             else:
-                job_id = script.submit(run, submission.id, cluster, job, code, depends_on(submission, job))
+                target = script.Target.of_run(run, submission.id, job, code)
+                job_id = script.submit(target, submission.id, cluster, job, depends_on(submission, job))
                 submitted = replace(job, job_id=job_id)
             submission = submission.with_job(submitted)
             submissions.write(run, submission)
     except BaseException as error:
         try:
-            _take_back(run, submission, str(error) or "interrupted")
+            _take_back(run, submission, error)
         except UserError as more:
             raise UserError(f"{error}; its other jobs are in the queue still: {more}") from error
         raise
 
 
-def _take_back(run: RunDir, submission: Submission, reason: str) -> None:
+def _take_back(run: RunDir, submission: Submission, error: BaseException) -> None:
     """End the jobs of a submission that did not get through: without the others, they would work for nothing."""
     submitted = [job for job in submission.jobs if job.job_id is not None]
     for job in reversed(submitted):  # a waiting one must not take its parent's end for a reason to start
@@ -102,9 +107,15 @@ def _take_back(run: RunDir, submission: Submission, reason: str) -> None:
             procs.terminate(job.process)
     if submission.executor == "slurm":
         slurm.cancel([job.job_id for job in submitted if job.job_id])
+    record_taken_back(run, submission, error)
+
+
+def record_taken_back(run: RunDir, submission: Submission, error: BaseException) -> None:
+    """Record that the jobs of a submission were ended because not all of them got through."""
+    reason = f"not all jobs could be submitted: {str(error) or 'interrupted'}"
     for job in submission.jobs:
         for stage in job.stages:
-            set_state(run, stage, submission.id, "cancelled", f"not all jobs could be submitted: {reason}")
+            set_state(run, stage, submission.id, "cancelled", reason)
 
 
 def _start_local(run: RunDir, submission: Submission, cluster: Cluster, job: Job) -> str:
@@ -125,4 +136,7 @@ def depends_on(submission: Submission, job: Job) -> str | None:
         jobs = (submission.job_of(stage) for stage in stages)
         return list(dict.fromkeys(one.job_id for one in jobs if one and one.job_id))
 
-    return dependency(ids(job.waits_for), ids(job.beside))
+    if submission.array is None:
+        return dependency(ids(job.waits_for), ids(job.beside))
+    arrays = [submissions.array_of(task) for task in ids(job.waits_for)]
+    return dependency(arrays, ids(job.beside), "aftercorr")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,19 @@ from pipeline.stages.nodes import DONE, folder_of
 
 _PLACE = ("account", "partition", "qos", "reservation", "constraint")
 """Fields of a profile that are sbatch options of the same name."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """A job's run directory and code, as words of its shell: each task of an array has its own."""
+
+    run: str
+    code: str
+
+    @classmethod
+    def at(cls, run_root: Path, code: Path) -> Where:
+        """Of a job whose run directory is known."""
+        return cls(shlex.quote(str(run_root)), shlex.quote(str(code)))
 
 
 def slurm_options(cluster: Cluster, job: Job) -> dict[str, Any]:
@@ -49,11 +63,11 @@ def srun_args(cluster: Cluster, job: Job) -> list[str]:
     return arguments
 
 
-def leader_lines(cluster: Cluster, run_root: Path, job: Job) -> list[str]:
+def leader_lines(cluster: Cluster, where: Where, job: Job) -> list[str]:
     """Shell lines for a job of several nodes: it ends well when its first task has, though srun ends as the worst."""
     if job_resources(cluster, job).nodes == 1:
         return []
-    done = f"{shlex.quote(str(folder_of(run_root, '')))}$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}/{DONE}"
+    done = f"{where.run}/{folder_of(Path(), '')}$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}/{DONE}"
     return [
         "srun() {",
         '    command srun "$@" && return',
@@ -63,7 +77,7 @@ def leader_lines(cluster: Cluster, run_root: Path, job: Job) -> list[str]:
     ]
 
 
-def setup_lines(cluster: Cluster, run_root: Path, code: Path) -> list[str]:
+def setup_lines(cluster: Cluster, where: Where) -> list[str]:
     """Shell lines before a job's work. A module that is not there ends the job: its work would miss something."""
     lines = []
     for module in cluster.modules:
@@ -78,20 +92,20 @@ def setup_lines(cluster: Cluster, run_root: Path, code: Path) -> list[str]:
         test = 'mkdir -p "$TMPDIR" && [ -w "$TMPDIR" ]'
         unusable = 'echo "error: $TMPDIR: this scratch folder cannot be used" >&2; exit 1'
         lines.append(f'export TMPDIR="{cluster.scratch}"; {test} || {{ {unusable}; }}')
-    lines.append(f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}")
-    lines.append(f"cd {shlex.quote(str(run_root))} || exit 1")
+    lines.append(f"export PYTHONPATH={where.code}${{PYTHONPATH:+:$PYTHONPATH}}")
+    lines.append(f"cd {where.run} || exit 1")
     return lines
 
 
-def retry_lines(cluster: Cluster, python: str, run_root: Path, code: Path, job: Job, submission: str) -> list[str]:
+def retry_lines(cluster: Cluster, python: str, where: Where, job: Job, submission: str) -> list[str]:
     """Shell lines that come first: when the script ends badly, ask whether the job is to be tried again.
 
     The script lives on when Slurm kills its task for want of memory, and ends as it would without this.
     """
     if not cluster.retries:
         return []
-    command = shlex.join([python, "-m", "pipeline.stages.retry", str(run_root), job.name, submission])
-    variables = f"SUBMITIT_EXECUTOR=slurm PYTHONPATH={shlex.quote(str(code))}"
+    command = _command([python, "-m", "pipeline.stages.retry"], where, job, submission)
+    variables = f"SUBMITIT_EXECUTOR=slurm PYTHONPATH={where.code}"
     return [
         "try_again() {",
         "    status=$?",
@@ -102,20 +116,28 @@ def retry_lines(cluster: Cluster, python: str, run_root: Path, code: Path, job: 
     ]
 
 
-def work_command(python: str, run_root: Path, job: Job, submission: str) -> str:
+def work_command(python: str, where: Where, job: Job, submission: str) -> str:
     """What a job runs, as a shell takes it."""
-    return shlex.join([python, "-u", "-m", "pipeline.stages.job", str(run_root), job.name, submission])
+    return _command([python, "-u", "-m", "pipeline.stages.job"], where, job, submission)
+
+
+def _command(argv: Sequence[str], where: Where, job: Job, submission: str) -> str:
+    return f"{shlex.join(argv)} {where.run} {shlex.join([job.name, submission])}"
 
 
 def shell_command(python: str, cluster: Cluster, run_root: Path, code: Path, job: Job, submission: str) -> list[str]:
     """A job's setup and work for a shell that becomes the work: what its sbatch script does, without Slurm."""
-    work = f"exec {work_command(python, run_root, job, submission)}"
-    return ["bash", "-c", "\n".join([*setup_lines(cluster, run_root, code), work])]
+    where = Where.at(run_root, code)
+    work = f"exec {work_command(python, where, job, submission)}"
+    return ["bash", "-c", "\n".join([*setup_lines(cluster, where), work])]
 
 
-def dependency(afterok: Sequence[str], after: Sequence[str]) -> str | None:
-    """Slurm's words for "when those have ended well, and these have started"; None when there is nothing to await."""
-    parts = [":".join((kind, *ids)) for kind, ids in (("afterok", afterok), ("after", after)) if ids]
+def dependency(ended: Sequence[str], started: Sequence[str], kind: str = "afterok") -> str | None:
+    """Slurm's words for "when those have ended well, and these have started"; None when there is nothing to await.
+
+    `kind` is aftercorr where they are arrays: each task then waits for that of the same number.
+    """
+    parts = [":".join((each, *ids)) for each, ids in ((kind, ended), ("after", started)) if ids]
     return ",".join(parts) or None
 
 

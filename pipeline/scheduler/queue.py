@@ -53,7 +53,9 @@ def ask(job_ids: Sequence[str]) -> dict[str, Queued]:
     if not job_ids:
         return {}
     try:
-        status, text = procs.capture(["squeue", "--noheader", f"--format={FIELDS}", f"--jobs={','.join(job_ids)}"])
+        status, text = procs.capture(
+            ["squeue", "--noheader", "--array", f"--format={FIELDS}", f"--jobs={','.join(job_ids)}"]
+        )
     except procs.NoAnswer:
         status, text = 1, ""
     if status == 0:
@@ -83,7 +85,7 @@ def parse(line: str) -> Queued:
 
 def own_scripts() -> list[tuple[str, str]]:
     """(id, script) of each of this user's jobs; UserError when Slurm does not answer."""
-    status, text = procs.capture(["squeue", "--noheader", "--format=%i|%o", f"--user={os.getuid()}"])
+    status, text = procs.capture(["squeue", "--noheader", "--array", "--format=%i|%o", f"--user={os.getuid()}"])
     if status != 0:
         raise UserError(f"squeue: {' '.join(text.split())}; what the last submission queued is not known, try again")
     return [(job, script) for job, bar, script in (line.partition("|") for line in text.splitlines()) if bar]
@@ -129,6 +131,7 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
     ("Priority", "waits behind others", ""),
     ("Resources", "waits for free nodes", ""),
     ("Dependency", "waits for the jobs before it", ""),
+    ("JobArrayTaskLimit", "waits until fewer points of its sweep run", ""),
     ("BeginTime", "waits for its begin time", ""),
     ("JobHeldUser|job requeued in held state", "is held", _RELEASE),
     ("launch failed requeued held", "is held: it could not be started on its node", _RELEASE),

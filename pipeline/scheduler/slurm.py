@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from pipeline import procs
 from pipeline.errors import UserError
 
+TASK_MARK = "HH_PIPELINE_TASK"
+"""In a task of an array: its SLURM_JOB_ID, a colon, and its id. Slurm's own variables of arrays say nothing for sure: a
+job that is submitted inside of a task inherits them."""
 _SAID = {
     "OUT_OF_MEMORY": "it ran out of memory; raise mem_gb for its stage in the cluster profile",
     "TIMEOUT": "it reached its time limit; raise time_min for its stage in the cluster profile",
@@ -28,8 +31,16 @@ _ASK_AGAIN_S = 10.0
 
 
 def job_id() -> str | None:
-    """The id of the Slurm job that this process belongs to, as one of our jobs; None outside."""
-    return os.environ.get("SLURM_JOB_ID") if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" else None
+    """The id of the Slurm job that this process belongs to, as one of our jobs; None outside.
+
+    A task of an array is 123_4, here and in all records: its SLURM_JOB_ID is a number that squeue does not show, and
+    of one task the whole array's.
+    """
+    if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
+        return None
+    job = os.environ.get("SLURM_JOB_ID")
+    number, _, task = os.environ.get(TASK_MARK, "").partition(":")
+    return task if number == job else job
 
 
 def preempted(job: str) -> bool:
@@ -140,6 +151,11 @@ def requeue(job: str | None = None, changes: Mapping[str, str] | None = None) ->
         except UserError:
             cancel([job])
             raise
+
+
+def release(job: str) -> None:
+    """Let a job, or all tasks of an array, that was submitted held begin; UserError when Slurm refuses."""
+    _order(["scontrol", "release", job])
 
 
 def update(job: str, changes: Mapping[str, str]) -> None:

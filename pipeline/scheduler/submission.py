@@ -5,6 +5,7 @@ Plain files only: reading a run's state needs neither submitit nor the configura
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -69,6 +70,10 @@ class Submission:
     """Id of the Slurm job that the jobs are processes in; its node is not this one, as a rule."""
     restart: int = 0
     """How often that Slurm job had been requeued: a later start of it has none of these processes."""
+    array: str | None = None
+    """Folder with the scripts of its jobs, where these are tasks of job arrays (pipeline/scheduler/arrays.py)."""
+    task: int = 0
+    """Their number in each of the arrays."""
 
     def job_of(self, stage: str) -> Job | None:
         """The job that runs `stage`, or None."""
@@ -170,7 +175,7 @@ def with_orphans(submission: Submission) -> Submission:
     for job in submission.jobs:
         ids = _with_script_of(submission, job, scripts)
         if job.job_id is None and ids:
-            submission = submission.with_job(replace(job, job_id=max(ids, key=int)))
+            submission = submission.with_job(replace(job, job_id=max(ids, key=lambda job_id: int(array_of(job_id)))))
     return submission
 
 
@@ -183,8 +188,14 @@ def waits_by_script(submission: Submission, job: Job) -> bool:
 
 
 def _with_script_of(submission: Submission, job: Job, scripts: Sequence[tuple[str, str]]) -> list[str]:
-    folder = f"/{JOBS}/{submission.id}-{job.name}/"
-    return [job_id for job_id, script in scripts if folder in script and job_id.isdigit()]
+    folder = f"/{JOBS}/{submission.id}-{job.name}/" if submission.array is None else f"{submission.array}/{job.name}/"
+    task = "" if submission.array is None else f"_{submission.task}"
+    return [job_id for job_id, script in scripts if folder in script and re.fullmatch(rf"\d+{task}", job_id)]
+
+
+def array_of(job_id: str) -> str:
+    """The array that a task is in; of a job by itself its own id. The larger, the later was it submitted."""
+    return job_id.partition("_")[0]
 
 
 def adopt(run: RunDir, submission: Submission, job: Job, job_id: str) -> Submission:

@@ -88,18 +88,40 @@ def submit(
     """
     from pipeline.scheduler import allocation, executor
 
+    submission = describe(earlier.id if earlier else new_id(), config, plan, forced, executor_name)
+    if submission.executor == "allocation":
+        here = allocation.surrounding()
+        submission = replace(submission, allocation=here.job, restart=here.restart)
+    record(run, config, plan, submission)
+    return executor.submit_jobs(run, submission, config.cluster)
+
+
+def new_id() -> str:
+    """A submission's id."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
+
+
+def describe(
+    submission_id: str,
+    config: Config,
+    plan: Sequence[Planned],
+    forced: Sequence[str],
+    executor_name: str | None = None,
+) -> Submission:
+    """What is to be submitted: no job has an id yet."""
     jobs = group_jobs(config, plan)
-    submission = Submission(
-        id=earlier.id if earlier else f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}",
+    return Submission(
+        id=submission_id,
         executor=executor_name or config.cluster.executor,
         jobs=jobs,
         forced=tuple(forced),
         time=time.time(),
         service=[job.stages for job in jobs if "serve" in job.stages or "train" in job.stages] == [("serve",)],
     )
-    if submission.executor == "allocation":
-        here = allocation.surrounding()
-        submission = replace(submission, allocation=here.job, restart=here.restart)
+
+
+def record(run: RunDir, config: Config, plan: Sequence[Planned], submission: Submission) -> None:
+    """Write all that a submission's jobs read, and that its stages wait for them; the caller holds the run's lock."""
     save_config(run, config)
     hashes = HashCache(run.root / "cache" / "hashes.json")
     provenance.write(run, config.cluster.trainer_image, image_digest(config, hashes))
@@ -112,10 +134,9 @@ def submit(
     if not submissions.service_alive(run):
         endpoint.withdraw(run)  # of a job that was killed
     submissions.write(run, submission)
-    for job in jobs:
+    for job in submission.jobs:
         for stage in job.stages:
             set_state(run, stage, submission.id, "pending")
-    return executor.submit_jobs(run, submission, config.cluster)
 
 
 def save_config(run: RunDir, config: Config) -> None:

@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.run import atomic, hashing, work
 from pipeline.run.directory import Artifact, Outputs, RunDir
 from pipeline.run.progress import SUPERVISED, folder_name, stage_of
+from pipeline.scheduler import slurm
 from pipeline.scheduler.state import set_state
 from pipeline.stages import faults
 from pipeline.stages.base import Context, Stage, Work
@@ -285,4 +286,5 @@ def next_attempt(run: RunDir, stage: str) -> int:
 
 def _job_ids() -> dict[str, str]:
     names = ("SUBMITIT_LOCAL_JOB_ID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURMD_NODENAME")
-    return {name.lower(): value for name in names if (value := os.environ.get(name))}
+    ids = {name.lower(): value for name in names if (value := os.environ.get(name))}
+    return ids | ({"slurm_job_id": job} if (job := slurm.job_id()) else {})

@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.procs import Tick
 from pipeline.run import endpoint
 from pipeline.run.directory import RunDir
+from pipeline.scheduler import slurm
 from pipeline.scheduler.state import set_state
 from pipeline.scheduler.submission import Submission
 from pipeline.stages.base import Context
@@ -131,7 +132,8 @@ def supervised(
         raise UserError(f"{run.root}: stage sandbox is not done; run it first with --stage sandbox")
     folder = run.stage("serve")
     folder.mkdir(parents=True, exist_ok=True)
-    job_id = os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID") or str(os.getpid())
+    ids = (slurm.job_id(), *(os.environ.get(name) for name in ("SLURM_JOB_ID", "SUBMITIT_LOCAL_JOB_ID")))
+    job_id = next(filter(None, ids), str(os.getpid()))
     os.environ |= OFFLINE  # this process and the server: neither has anything to ask the hub
     log_path = folder / ("tritonserver.log" if index == 0 else f"tritonserver-{index}.log")
     with open_sandbox(run.values("sandbox"), log_path, tick) as engine:

@@ -6,40 +6,15 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.scheduler import allocation, script, slurm
-from pipeline.sweep import share
+from pipeline.sweep import arrays, share
+from pipeline.sweep.place import ENDED_BY_HAND, Place, SubmitOne
 from pipeline.sweep.points import SHARED, Point, remember
-
-ENDED_BY_HAND = 130
-
-
-class SubmitOne(Protocol):
-    """What submits one run, and follows it unless told not to; returns the command's exit status."""
-
-    def __call__(
-        self, run_dir: Path, config: Config, selected: Sequence[str], forced: Sequence[str], no_follow: bool
-    ) -> int: ...
-
-
-@dataclass(frozen=True)
-class Place:
-    """A point with its folder and its checked configuration."""
-
-    point: Point
-    folder: Path
-    config: Config
-    selected: tuple[str, ...]
-
-    @property
-    def run(self) -> RunDir:
-        return RunDir(Path(os.path.abspath(self.folder)))
 
 
 def resolve_points(
@@ -72,14 +47,17 @@ def resolve_points(
     return places
 
 
-def show_points(folder: Path, places: Sequence[Place]) -> None:
+def show_points(folder: Path, places: Sequence[Place], at_once: int | None = None) -> None:
     """--dry-run: what would run where. Writes nothing."""
+    arrays.check_at_once(places, at_once)
     shared = _shared_stages(folder, places)
     print(f"sweep in {folder}: {len(places)} points (cluster {places[0].config.cluster.name})")
     if shared:
         print(f"  {SHARED}: {', '.join(shared)}, once for all points")
     for place in places:
         print(f"  {place.point.name}: {', '.join(stage for stage in place.selected if stage not in shared)}")
+    if places[0].config.cluster.executor == "slurm":
+        arrays.show(places, shared, at_once)
 
 
 def submit_points(
@@ -89,8 +67,10 @@ def submit_points(
     no_follow: bool,
     one: SubmitOne,
     follow: Callable[[Path], int],
+    at_once: int | None = None,
 ) -> int:
     """Run the sweep; returns 0 when all that was followed went well."""
+    arrays.check_at_once(places, at_once)
     executor = places[0].config.cluster.executor
     if no_follow and executor == "local":
         raise UserError("--no-follow: points on this machine run one after another; leave it out")
@@ -100,31 +80,46 @@ def submit_points(
         status = _run_shared(folder, places[0], shared, shared if force else (), no_follow, one)
         if status is not None:
             return status
-    statuses = []
+    forced = {
+        place.point.name: tuple(stage for stage in place.selected if stage not in shared) if force else ()
+        for place in places
+    }
+    statuses: dict[str, int] = {}
+    if executor == "slurm":
+        statuses = arrays.submit(folder, places, _shared_run(folder), forced, at_once, one)
+        if ENDED_BY_HAND in statuses.values():
+            return ENDED_BY_HAND
     for place in places:
-        print(f"\npoint {place.point.name}", flush=True)
-        forced = tuple(stage for stage in place.selected if stage not in shared) if force else ()
-        try:
-            if taken := share.take(_shared_run(folder), place.run, place.config):
-                print(f"shared: {', '.join(taken)}")
-            statuses.append(one(place.folder, place.config, place.selected, forced, no_follow or executor == "slurm"))
-        except UserError as fault:  # a point that cannot run keeps none of the others from it
-            print(f"error: {fault} (point {place.point.name})", file=sys.stderr)
-            statuses.append(2)
-        if statuses[-1] in (ENDED_BY_HAND, allocation.ENDED):
-            return statuses[-1]
+        name = place.point.name
+        if name not in statuses:
+            statuses[name] = _submit_alone(folder, place, forced[name], no_follow or executor == "slurm", one)
+        if statuses[name] in (ENDED_BY_HAND, allocation.ENDED):
+            return statuses[name]
     if executor == "slurm" and not no_follow and not slurm.on_a_node():
-        for place, submitted in zip(places, tuple(statuses), strict=True):
-            if submitted == 2:
+        for place in places:
+            name = place.point.name
+            if statuses[name] != 0:
                 continue
-            print(f"\npoint {place.point.name}", flush=True)
-            statuses.append(follow(place.folder))
-            if statuses[-1] == ENDED_BY_HAND:
+            print(f"\npoint {name}", flush=True)
+            statuses[name] = follow(place.folder)
+            if statuses[name] == ENDED_BY_HAND:
                 return ENDED_BY_HAND
     from pipeline.sweep.results import write_table
 
     print(f"\n{write_table(folder)}\nagain: python -m pipeline.sweep {shlex.quote(str(folder))}")
-    return max(statuses)
+    return max(statuses.values())
+
+
+def _submit_alone(folder: Path, place: Place, forced: tuple[str, ...], no_follow: bool, one: SubmitOne) -> int:
+    """Submit a point as the run that it is; a point that cannot run keeps none of the others from it."""
+    print(f"\npoint {place.point.name}", flush=True)
+    try:
+        if taken := share.take(_shared_run(folder), place.run, place.config):
+            print(f"shared: {', '.join(taken)}")
+        return one(place.folder, place.config, place.selected, forced, no_follow)
+    except UserError as fault:
+        print(f"error: {fault} (point {place.point.name})", file=sys.stderr)
+        return 2
 
 
 def _run_shared(

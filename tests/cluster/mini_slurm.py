@@ -77,7 +77,8 @@ class MiniSlurm:
 
     def job_ids(self, *options: str) -> list[str]:
         """The jobs in the queue, those that squeue's options choose, in the order in which they were submitted."""
-        return sorted(self.command("squeue", "-h", "-o", "%i", *options).split(), key=int)
+        ids = self.command("squeue", "-h", "--array", "-o", "%i", *options).split()
+        return sorted(ids, key=lambda job: [int(number) for number in job.split("_")])
 
     def clear(self, spared: Collection[str] = ()) -> None:
         """Make it as it was at the start, where it is not: all daemons run, no jobs are left but the spared ones, no

@@ -1,0 +1,37 @@
+"""A point of a sweep and where it runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from pipeline.config.schema import Config
+from pipeline.run.directory import RunDir
+from pipeline.sweep.points import Point
+
+ENDED_BY_HAND = 130
+
+
+class SubmitOne(Protocol):
+    """What submits one run, and follows it unless told not to; returns the command's exit status."""
+
+    def __call__(
+        self, run_dir: Path, config: Config, selected: Sequence[str], forced: Sequence[str], no_follow: bool
+    ) -> int: ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """A point with its folder and its checked configuration."""
+
+    point: Point
+    folder: Path
+    config: Config
+    selected: tuple[str, ...]
+
+    @property
+    def run(self) -> RunDir:
+        return RunDir(Path(os.path.abspath(self.folder)))

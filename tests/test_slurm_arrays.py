@@ -1,0 +1,309 @@
+"""Points of a sweep as job arrays: one sbatch for each job of the chain, task i being point i's, sbatch a stand-in."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from test_plan import finish
+from test_slurm_submission import PROFILE, called, fake_slurm
+
+from pipeline.config import load
+from pipeline.config.cluster import Cluster
+from pipeline.config.schema import Config
+from pipeline.errors import UserError
+from pipeline.run import bad_nodes
+from pipeline.run.directory import RunDir
+from pipeline.run.hashing import HashCache
+from pipeline.scheduler import arrays, queue, script, slurm
+from pipeline.scheduler import submission as submissions
+from pipeline.scheduler.arrays import Member
+from pipeline.scheduler.executor import depends_on
+from pipeline.scheduler.state import recorded_state
+from pipeline.scheduler.submission import Job, Submission
+from pipeline.stages.base import Context
+from pipeline.stages.plan import Planned
+from pipeline.submit import main
+from pipeline.sweep.points import make_points
+from pipeline.sweep.submit import resolve_points, submit_points
+
+NAMES = ("seed=1", "seed=2", "seed=3")
+
+
+def config(folder: Path, *overrides: str, profile: str = PROFILE) -> Config:
+    (folder / "site.yaml").write_text(profile)
+    return load.resolve({**load.load_preset("demo"), "preset": "demo"}, overrides, str(folder / "site.yaml"))
+
+
+def members(folder: Path, stages: Sequence[str] = ("prefetch", "sft")) -> list[Member]:
+    plan = tuple(Planned(stage, "run", "") for stage in stages)
+    return [Member(RunDir(folder / "s" / name), config(folder, name), plan) for name in NAMES]
+
+
+def ids(folder: Path, name: str) -> list[str | None]:
+    submission = submissions.read(RunDir(folder / "s" / name))
+    assert submission is not None
+    return [job.job_id for job in submission.jobs]
+
+
+# The script
+
+
+@pytest.mark.parametrize("name", ["a sweep", "it's $HOME"])
+def test_a_task_finds_its_run_by_its_number(tmp_path: Path, name: str) -> None:
+    array = tmp_path / name / "arrays" / "s1"
+    for task, point in enumerate(NAMES):
+        (tmp_path / name / point / "code" / "c0").mkdir(parents=True)
+        (array / "sft").mkdir(parents=True, exist_ok=True)
+        (array / str(task)).symlink_to(tmp_path / name / point)
+    target = arrays.target(array, "s1", Job(("sft",)), "c0", (), tasks=3, at_once=2)
+    text = script.render_for(target, "s1", Cluster(executor="slurm", retries=1), Job(("sft",)), "/bin/py")
+    assert "#SBATCH --array=0-2%2\n" in text and "sbatch --array=TASK THIS_FILE" in text
+
+    (tmp_path / "srun").write_text(
+        '#!/bin/bash\nprintf "%s\\0" "$PWD" "$PYTHONPATH" "$SUBMITIT_EXECUTOR $HH_PIPELINE_TASK" "$@"\n'
+    )
+    (tmp_path / "srun").chmod(0o755)
+    ids = {"SLURM_JOB_ID": "45", "SLURM_ARRAY_JOB_ID": "43", "SLURM_ARRAY_TASK_ID": "1"}
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **ids}
+    done = subprocess.run(["bash", "-c", text], capture_output=True, check=True, env=env)
+    words = done.stdout.decode().split("\0")
+    run = f"{tmp_path}/{name}/seed=2"
+    assert words[:3] == [run, f"{run}/code/c0", "slurm 45:43_1"]
+    assert words[words.index("/bin/py") :] == ["/bin/py", "-u", "-m", "pipeline.stages.job", run, "sft", "s1", ""]
+    # The logs are in the task's own run, under the name that its job is known by.
+    assert words[words.index("--error") + 1] == f"{array}/%a/jobs/s1-sft/%A_%a_%t_log.err"
+
+    none = subprocess.run(
+        ["bash", "-c", text], capture_output=True, check=False, env=env | {"SLURM_ARRAY_TASK_ID": "3"}
+    )
+    assert (none.returncode, none.stdout) == (1, b"")
+
+
+def test_a_task_waits_for_the_task_of_its_number() -> None:
+    jobs = (
+        Job(("prefetch",), job_id="11_1"),
+        Job(("sft",), ("prefetch",), job_id="12_1"),
+        Job(("serve", "train"), ("prefetch", "sft", "convert")),
+    )
+    submission = Submission("s", "slurm", jobs, array="/sweep/arrays/s", task=1)
+    assert depends_on(submission, jobs[2]) == "aftercorr:11:12"  # convert is no part of it: done before
+    assert depends_on(submission, jobs[0]) is None
+    apart = Submission("s", "slurm", (jobs[0], Job(("serve",), job_id="13_1")), array="/sweep/arrays/s", task=1)
+    trains = Job(("train",), ("prefetch",), ("serve",))
+    assert depends_on(apart, trains) == "aftercorr:11,after:13_1"  # of `after` Slurm knows no such form
+
+
+@pytest.mark.parametrize(
+    ("environ", "job"),
+    [
+        ({"SLURM_JOB_ID": "45", "HH_PIPELINE_TASK": "45:43_0"}, "43_0"),
+        ({"SLURM_JOB_ID": "43", "HH_PIPELINE_TASK": "43:43_2"}, "43_2"),  # 43 is the whole array, too
+        ({"SLURM_JOB_ID": "51", "HH_PIPELINE_TASK": "45:43_0", "SLURM_ARRAY_TASK_ID": "0"}, "51"),  # begun inside of it
+        ({"SLURM_JOB_ID": "51"}, "51"),
+    ],
+)
+def test_a_task_knows_itself_by_array_and_number(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], job: str
+) -> None:
+    for name, value in ({"SUBMITIT_EXECUTOR": "slurm"} | environ).items():
+        monkeypatch.setenv(name, value)
+    assert slurm.job_id() == job
+
+
+# Which points share arrays
+
+
+def test_points_with_the_same_jobs_share_arrays_and_the_others_do_not(tmp_path: Path) -> None:
+    first, second, third = members(tmp_path)
+    assert arrays.alike([first, second, third]) == [[first, second, third]]
+    sft_only = members(tmp_path, ("sft",))[1]  # its prefetch is done
+    larger = Member(third.run, third.config, (Planned("prefetch", "run", "", mem_gb=96), third.plan[1]))
+    assert arrays.alike([first, sft_only, larger]) == [[first], [sft_only], [larger]]
+    bad_nodes.remember(second.run, "n9", "ECC")
+    assert arrays.alike([first, second, third]) == [[first, third], [second]]
+
+
+def test_a_profile_may_leave_each_point_its_own_jobs(tmp_path: Path) -> None:
+    cluster = config(tmp_path, profile=PROFILE + "job_arrays: false\n")
+    pair = [Member(RunDir(tmp_path / name), cluster, (Planned("sft", "run", ""),)) for name in NAMES[:2]]
+    assert [len(group) for group in arrays.alike(pair)] == [1, 1]
+
+
+# Submitting
+
+
+def test_there_is_one_array_for_each_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fake_slurm(monkeypatch, tmp_path, "")
+    submitted = arrays.submit(tmp_path / "s", members(tmp_path), at_once=2)
+    array = tmp_path / "s" / "arrays" / submitted[0].id
+    prefetch, sft = called(calls, "sbatch")
+    assert prefetch.startswith(f"sbatch {array}/prefetch/.submission_file_")
+    assert sft.startswith(f"sbatch --dependency=aftercorr:101 {array}/sft/.submission_file_")
+    assert "#SBATCH --array=0-2%2\n" in (array / "sft" / "102_submission.sh").read_text()
+    for task, name in enumerate(NAMES):
+        assert ids(tmp_path, name) == [f"101_{task}", f"102_{task}"]
+        run = RunDir(tmp_path / "s" / name)
+        assert os.readlink(array / str(task)) == str(run.root)
+        assert load.read_config(run.root).seed == task + 1
+        assert (run.root / "jobs" / f"{submitted[0].id}-sft").is_dir()  # where Slurm opens the logs
+        state = recorded_state(run, "sft")
+        assert state is not None and (state.state, state.submission) == ("pending", submitted[0].id)
+
+
+def test_each_training_is_held_until_it_has_been_told_which_server_it_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = fake_slurm(monkeypatch, tmp_path, "")
+    (tmp_path / "bin" / "scontrol").write_text(f'#!/bin/bash\necho "scontrol $*" >> {calls}\n')
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    plan = tuple(Planned(stage, "run", "") for stage in ("convert", "serve", "train"))
+    apart = config(tmp_path, profile=PROFILE + "placement: separate\n")
+    arrays.submit(tmp_path / "s", [Member(RunDir(tmp_path / "s" / name), apart, plan) for name in NAMES[:2]])
+    orders = [" ".join(line.split()[:-1]) if "sbatch" in line else line for line in calls.read_text().splitlines()]
+    assert orders == [
+        *("sbatch", "sbatch --dependency=aftercorr:101", "sbatch --hold"),
+        "scontrol update JobId=103_0 Dependency=aftercorr:101,after:102_0",
+        "scontrol update JobId=103_1 Dependency=aftercorr:101,after:102_1",
+        "scontrol release 103",
+    ]
+
+
+def test_a_refusal_half_way_takes_every_array_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fake_slurm(monkeypatch, tmp_path, 'if [ $n = 2 ]; then echo "sbatch: error: no" >&2; exit 1; fi')
+    with pytest.raises(UserError, match=r"^job sft: sbatch: error: no"):
+        arrays.submit(tmp_path / "s", members(tmp_path))
+    assert called(calls, "scancel") == ["scancel 101"]
+    for name in NAMES:
+        state = recorded_state(RunDir(tmp_path / "s" / name), "prefetch")
+        assert state is not None and state.state == "cancelled"
+        assert state.reason.startswith("not all jobs could be submitted: job sft")
+
+
+def test_tasks_that_a_killed_submitter_could_not_record_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_slurm(monkeypatch, tmp_path, "")
+    submitted = arrays.submit(tmp_path / "s", members(tmp_path))[1]
+    lost = submitted.with_job(Job(("sft",), ("prefetch",)))
+    scripts = [(f"102_{task}", f"{submitted.array}/sft/.submission_file_0a.sh") for task in range(3)]
+    scripts += [("90_1", f"{submitted.array}/sft/90_submission.sh"), ("103_1", f"{submitted.array}/prefetch/x.sh")]
+    monkeypatch.setattr(queue, "own_scripts", lambda: scripts)
+    assert submissions.with_orphans(lost) == submitted  # 102_1: the latest of its own
+
+
+def sweep(folder: Path, *arguments: str) -> list[str]:
+    (folder / "site.yaml").write_text(PROFILE)
+    given = ["--preset", "demo", "--run-dir", str(folder / "s"), "--cluster", str(folder / "site.yaml"), "--no-follow"]
+    return [*given, "--stage", "prefetch,sft", "--sweep", "seed=1,2,3", *arguments]
+
+
+NONE_HERE = "echo 'sbatch: error: Batch job submission failed: Invalid job array specification' >&2; exit 1"
+
+
+def test_where_sbatch_takes_no_arrays_each_point_is_a_chain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = fake_slurm(monkeypatch, tmp_path, f'case "$*" in */arrays/*) {NONE_HERE};; esac')
+    assert main(sweep(tmp_path)) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Invalid job array specification (cluster profile site); each point is a chain of its own" in line
+    assert [ids(tmp_path, name) for name in NAMES] == [["102", "103"], ["104", "105"], ["106", "107"]]
+    assert "--dependency=afterok:102 " in called(calls, "sbatch")[2]
+
+
+def test_where_sbatch_takes_no_arrays_points_cannot_be_held_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = fake_slurm(monkeypatch, tmp_path, NONE_HERE)
+    assert main(sweep(tmp_path, "--at-once", "2")) == 2
+    assert "Invalid job array specification" in capsys.readouterr().err
+    assert len(called(calls, "sbatch")) == 1
+
+
+def test_the_same_command_submits_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = fake_slurm(monkeypatch, tmp_path, "")
+    done, half = RunDir(tmp_path / "s" / NAMES[0]), RunDir(tmp_path / "s" / NAMES[1])
+    for run, stages in ((done, ("prefetch", "sft")), (half, ("prefetch",))):
+        finish(Context(run, config(tmp_path, run.root.name), HashCache(run.root / "hashes.json")), *stages)
+    assert main([*sweep(tmp_path, "--at-once", "1"), "--sweep", "sft.lr=1e-3"]) == 0
+    capsys.readouterr()
+    assert len(called(calls, "sbatch")) == 2  # other names: three new points, all alike
+    assert main(sweep(tmp_path, "--at-once", "1")) == 0
+    out = capsys.readouterr().out
+    assert "nothing to do" in out
+    assert [f"point {name}: its jobs are like no other's; --at-once does not count it" in out for name in NAMES] == [
+        *(False, True, True),
+    ]
+    assert (ids(tmp_path, NAMES[1]), ids(tmp_path, NAMES[2])) == (["103"], ["104", "105"])
+
+
+@pytest.mark.parametrize(("last", "submitted"), [(1, 1), (130, 0)])
+def test_what_runs_on_the_login_node_is_done_before_the_arrays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int, submitted: int
+) -> None:
+    calls = fake_slurm(monkeypatch, tmp_path, "")
+    calls.touch()
+    ran = []
+
+    def one(folder: Path, given: Config, selected: Sequence[str], forced: Sequence[str], no_follow: bool) -> int:
+        ran.append((folder.name, list(selected)))
+        run = RunDir(folder)
+        finish(Context(run, given, HashCache(run.root / "hashes.json")), *selected)
+        return last if folder.name == NAMES[2] else 0  # its prefetch fails, or Ctrl-C ends it all
+
+    profile = PROFILE + "on_login_node: [prefetch]\n"
+    places = resolve_points(
+        tmp_path / "s",
+        make_points(["seed=1,2,3"]),
+        lambda run, given: config(tmp_path, *given, profile=profile),
+        lambda config: ("prefetch", "sft"),
+    )
+    assert submit_points(tmp_path / "s", places, False, True, one, lambda folder: 0) == last
+    assert ran == [(name, ["prefetch"]) for name in NAMES]
+    assert len(called(calls, "sbatch")) == submitted
+    if submitted:
+        assert [ids(tmp_path, name) for name in NAMES[:2]] == [["101_0"], ["101_1"]]
+
+
+# What is said
+
+
+def test_a_dry_run_says_that_there_will_be_arrays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(sweep(tmp_path, "--at-once", "2", "--dry-run")) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "  job arrays of 3 points, at most 2 at once: prefetch, sft"
+    assert main(sweep(tmp_path, "--stage", "sandbox", "--dry-run")) == 0
+    assert "job arrays" not in capsys.readouterr().out  # all of it is shared
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("profile", "arguments", "message"),
+    [
+        (PROFILE, ["--at-once", "0", "--sweep", "seed=1,2"], r"^--at-once 0: no point would run; give 1 or more"),
+        (PROFILE, ["--at-once", "2"], r"^--at-once 2: it is for the points of a --sweep; leave it out"),
+        (
+            "executor: local\n",
+            ["--at-once", "2", "--sweep", "seed=1,2"],
+            r"^--at-once 2: with cluster.executor: local points take turns",
+        ),
+        (
+            PROFILE + "job_arrays: false\n",
+            ["--at-once", "2", "--sweep", "seed=1,2"],
+            r"^--at-once 2: .* which cluster.job_arrays: false switches off",
+        ),
+    ],
+)
+def test_points_that_cannot_be_held_back_are_refused_in_one_line(
+    tmp_path: Path, profile: str, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "site.yaml").write_text(profile)
+    given = ["--preset", "demo", "--run-dir", str(tmp_path / "s"), "--cluster", str(tmp_path / "site.yaml")]
+    with pytest.raises(UserError, match=message):
+        main([*given, *arguments])
+    assert not (tmp_path / "s").exists()
