@@ -1,4 +1,4 @@
-"""python -m pipeline.cancel RUN: end a run's jobs and every process of theirs."""
+"""python -m pipeline.cancel RUN: end a run's jobs and every process of theirs; of a sweep, those of all its points."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.state import resolve, set_state
 from pipeline.scheduler.submission import Submission
 from pipeline.status import open_run
+from pipeline.sweep.points import POINTS, SHARED, read_points
 
 
 def cancel(run: RunDir, grace_s: float) -> list[str]:
@@ -81,15 +82,23 @@ def _end_local(run: RunDir, submission: Submission, grace_s: float) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.cancel", description="End a run's jobs.")
-    parser.add_argument("run", type=Path, help="the run directory")
+    parser.add_argument("run", type=Path, help="the run directory, or the folder of a sweep")
     parser.add_argument("--grace", type=float, default=30.0, metavar="S", help="seconds to save and stop (default: 30)")
     arguments = parser.parse_args(argv)
-    run = open_run(arguments.run)
-    with lock(run.root / "control" / "submit.lock", "cancelling"):
-        ended = cancel(run, arguments.grace)
-    name = os.path.relpath(run.root)
-    print(f"{name}: cancelled {', '.join(ended)}" if ended else f"{name}: nothing was running")
+    for run in _runs(arguments.run):
+        with lock(run.root / "control" / "submit.lock", "cancelling"):
+            ended = cancel(run, arguments.grace)
+        name = os.path.relpath(run.root)
+        print(f"{name}: cancelled {', '.join(ended)}" if ended else f"{name}: nothing was running", flush=True)
     return 0
+
+
+def _runs(folder: Path) -> list[RunDir]:
+    """The run, or those of a sweep that were submitted: the last first, for what ends lets the next one start."""
+    if not (folder / POINTS).exists():
+        return [open_run(folder)]
+    names = [SHARED, *(point.name for point in read_points(folder))]
+    return [open_run(folder / name) for name in reversed(names) if RunDir(folder / name).config.exists()]
 
 
 if __name__ == "__main__":
