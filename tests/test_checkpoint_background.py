@@ -117,7 +117,7 @@ def test_the_best_policy_outlives_the_checkpoint_of_its_step(tmp_path: Path) -> 
     checkpoints.wait()
     assert [path.name for path in all_checkpoints(tmp_path)] == ["step-00000008"]
     assert [path.name for path in all_checkpoints(tmp_path, BEST)] == ["best-00000004"]
-    assert is_intact(tmp_path / "best") and json.loads((tmp_path / "best/state.json").read_text())["reward"] == 0.4
+    assert is_intact(tmp_path / "best") and json.loads((tmp_path / "best/state.json").read_text())["figure"] == 0.4
     assert load_file(tmp_path / "best/model.safetensors")["weight"].tolist() == [[4.0, 4.0]]
     assert not checkpoints.load_best(accelerator, 2)
     assert checkpoints.load_best(accelerator, 4) and model.weight.tolist() == [[4.0, 4.0]]

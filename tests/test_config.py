@@ -94,6 +94,8 @@ def test_a_fault_is_one_line_that_names_key_and_remedy(override: str, message: s
             "ppo.critic_warmup_steps: means nothing",
         ),
         (["train.method=ilql", "model.lora.rank=4"], "model.lora.rank: adapters are PPO's"),
+        (["sft.save_best=true"], "sft.save_best: needs evaluations to choose from; set sft.eval_interval"),
+        (["reward_model.save_best=true"], "reward_model.save_best: needs evaluations to choose from; set reward_m"),
         (["ppo.critic_lr=1e-5"], "ppo.critic_lr: a value head is trained at optimizer.lr"),
         (["ppo.kl_placement=loss"], 'ppo.kl_estimator: the gradient of "k1" is zero on average'),
         (["train.method=ilql", "ilql.betas=[]"], "ilql.betas: is empty"),

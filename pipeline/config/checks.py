@@ -30,6 +30,7 @@ def check_sizes(config: Config) -> None:
     _check_model(config)
     _check_placement(config)
     _check_precision(config)
+    _check_best(config)
     if config.serving.flavour == "torchscript" and config.sandbox.engine in ("venv", "none"):
         raise ValueError(
             f"serving.flavour: torchscript is served by a container image, not by sandbox.engine = "
@@ -66,6 +67,15 @@ def _check_precision(config: Config) -> None:
             raise ValueError(
                 f"{section}.accelerate_config: {name} computes in {said}, not in {section}.mixed_precision = "
                 f'"{precision}"; change one of them'
+            )
+
+
+def _check_best(config: Config) -> None:
+    """The best of one evaluation is the last."""
+    for section, settings in (("sft", config.sft), ("reward_model", config.reward_model)):
+        if settings.save_best and settings.eval_interval is None:
+            raise ValueError(
+                f"{section}.save_best: needs evaluations to choose from; set {section}.eval_interval, or leave it out"
             )
 
 

@@ -48,6 +48,9 @@ class Supervised(Section):
     """Optimiser steps between checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
     """How many of the latest checkpoints stay on disk."""
+    save_best: bool = False
+    """Keep the model of the lowest held-out loss beside the last one, and let all that reads the stage's model take
+    that; needs eval_interval."""
 
 
 class SFT(Supervised):
