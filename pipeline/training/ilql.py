@@ -42,7 +42,7 @@ from pipeline.training.ilql_evaluation import Evaluation
 from pipeline.training.ilql_model import statistic_names
 from pipeline.training.ilql_output import decoding_beta, save_heads
 from pipeline.training.metrics import read_rows
-from pipeline.training.model_card import Card, write_card, write_generation_config
+from pipeline.training.model_card import Card, sections_of, write_card, write_generation_config
 from pipeline.training.models import check_positions
 from pipeline.training.ppo import checkpoints_name, quiet_libraries
 from pipeline.training.ranks import Ranks, make_accelerator
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     repeat_on_cpu(accelerator)
     ranks = Ranks(accelerator.process_index, accelerator.num_processes, accelerator.device)
     name = checkpoints_name(run, config, ranks)
-    start_tracker(accelerator, config, run.tracker, run.root.name, run_id(run.root, name))
+    start_tracker(accelerator, config, sections_of("ilql"), run.tracker, run.root.name, run_id(run.root, name))
     if not ranks.first:
         logging.getLogger().setLevel(logging.WARNING)
     folder = run.checkpoints / name
@@ -213,7 +213,7 @@ class Training:
         reward_model = Path(checkpoint).name if checkpoint else "trained in the same run"
         card = Card(
             method="ILQL",
-            sections=("model", "ilql", "train", "generate", "optimizer", "scheduler"),
+            sections=sections_of("ilql"),
             figures=values,
             start="its supervised fine-tuning on the same data" if "sft" in self.config.all else None,
             reward_model=f"{reward_model} (SHA-256 {identity})" if identity else reward_model,

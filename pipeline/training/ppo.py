@@ -37,7 +37,7 @@ from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.critic import check_critic, load_critic
 from pipeline.training.distributed import whole_weights
 from pipeline.training.metrics import read_rows
-from pipeline.training.model_card import Card, write_card, write_generation_config
+from pipeline.training.model_card import Card, sections_of, write_card, write_generation_config
 from pipeline.training.models import check_positions
 from pipeline.training.prompts import all_prompts
 from pipeline.training.ranks import Ranks, make_accelerator
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     accelerator = start_accelerator(run, config)
     ranks = Ranks(accelerator.process_index, accelerator.num_processes, accelerator.device)
     name = checkpoints_name(run, config, ranks)
-    start_tracker(accelerator, config, run.tracker, run.root.name, run_id(run.root, name))
+    start_tracker(accelerator, config, sections_of("ppo"), run.tracker, run.root.name, run_id(run.root, name))
     if not ranks.first:
         logging.getLogger().setLevel(logging.WARNING)
     progress = Progress(out, config.train.total_steps)
@@ -230,8 +230,8 @@ def describe_policy(trainer: Trainer, state: TrainState, folder: Path, best: boo
         "rollouts": state.rollouts,
     }
     card = Card(
-        method=config.train.method.upper(),
-        sections=("model", config.train.method, "train", "generate", "optimizer", "scheduler"),
+        method="PPO",
+        sections=sections_of("ppo"),
         figures=figures,
         start="its supervised fine-tuning on the same data" if "sft" in config.all else None,
         reward_model=f"{Path(reward_model).name} (SHA-256 {identity})" if identity else Path(reward_model).name,

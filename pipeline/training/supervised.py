@@ -61,6 +61,11 @@ class Session:
     stop: StopRequest
     started: float = field(default_factory=time.monotonic)
 
+    @property
+    def section(self) -> str:
+        """The section of the configuration that its settings are."""
+        return self.stage.replace("-", "_")
+
 
 def start(stage: str, section: str, description: str, argv: list[str] | None) -> Session:
     """Parse the command line, join the other ranks (if any), seed everything, make CPU kernels repeatable."""
@@ -180,6 +185,7 @@ def train(
     start_tracker(
         accelerator,
         session.config,
+        (session.section,),
         session.run.tracker,
         f"{session.run.root.name}-{session.stage}",
         run_id(session.run.root, name),
@@ -193,7 +199,7 @@ def train(
             ranks,
             settings.keep_checkpoints,
             background=True,
-            processes=f"{session.stage.replace('-', '_')}.num_processes",
+            processes=f"{session.section}.num_processes",
         ),
         session.stop,
         Progress(session.out, course.total_steps),
