@@ -115,8 +115,9 @@ class PPO(Section):
     """Divide scores by their running standard deviation, by ref_std, or not at all."""
     ref_std: float | None = Field(None, gt=0)
     """The standard deviation that "ref" divides by, in reward units."""
-    cliprange_reward: float = Field(10.0, gt=0)
-    """Scores (their deltas, with delta_reward) are clipped to plus or minus this before they are scaled."""
+    cliprange_reward: float | None = Field(10.0, gt=0)
+    """Scores (their deltas, with delta_reward) are clipped to plus or minus this before they are scaled; None clips
+    nothing."""
     advantage: Literal["gae", "rloo", "grpo"] = "gae"
     """How advantages are estimated: by a value function, or from the other answers to the same prompt (RLOO,
     arXiv:2402.14740; GRPO, arXiv:2402.03300)."""
@@ -145,7 +146,8 @@ class PPO(Section):
     """Score every so many tokens of an answer as well, and pay the reward's increments where they arise; 0 scores the
     whole answer only."""
     delta_reward: bool = True
-    """Subtract the reward of the data set's own answer to the same prompt."""
+    """Subtract the reward of the data set's own answer to the same prompt. Training prompts' are not asked for where
+    they cancel: with "rloo" or "grpo", cliprange_reward null, and scale_reward "ref" or "none"."""
 
 
 class ILQL(Section):
