@@ -79,6 +79,9 @@ class RewardModel(Supervised):
     tokenizer."""
     checkpoint_base_revision: str | None = Field(None, min_length=1)
     """As `revision`, of `checkpoint_base`."""
+    max_length: int = Field(1024, ge=4)
+    """Tokens of a pair's prompt and longer answer together; a longer prompt loses its beginning, and a pair of which an
+    answer would be cut, or no prompt be left, is dropped: their rewards would be those of other texts."""
     base: Literal["sft", "model"] = "sft"
     """What training starts from: the SFT model or the base model."""
     center: float = Field(0.0, ge=0)
