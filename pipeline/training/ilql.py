@@ -35,7 +35,7 @@ from pipeline.training.baselines import baseline_scores
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.checkpoint_files import STATE, all_checkpoints
 from pipeline.training.distributed import compute_dtype
-from pipeline.training.fit import Course, Fit, Hooks, Keeping, fit
+from pipeline.training.fit import Course, Fit, Hooks, Keeping, Loop
 from pipeline.training.ilql_assemble import load_split, make_module, prepare, refuse_sharded_weights, repeat_on_cpu
 from pipeline.training.ilql_data import Trajectory, collate, make_trajectories
 from pipeline.training.ilql_evaluation import Evaluation
@@ -182,7 +182,7 @@ class Training:
             checkpoint_interval=config.train.checkpoint_interval,
         )
         hooks = Hooks(after_step=self.module.after_step, evaluate=self.evaluation.evaluate, extra=self.best)
-        return fit(
+        loop = Loop(
             self.accelerator,
             self.ranks,
             self.wrapped,
@@ -193,6 +193,7 @@ class Training:
             self.keeping,
             hooks,
         )
+        return loop.run()
 
     def save(self, folder: Path) -> None:
         """Write the language model, in one dtype, its tokenizer and the heads; to be called by every rank."""

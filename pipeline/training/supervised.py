@@ -29,7 +29,7 @@ from pipeline.training.batches import E, epoch_steps
 from pipeline.training.best import Best
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.distributed import configure_deepspeed, uses_deepspeed
-from pipeline.training.fit import Course, Hooks, Keeping, fit
+from pipeline.training.fit import Course, Hooks, Keeping, Loop
 from pipeline.training.metrics import Row, read_rows
 from pipeline.training.ranks import Ranks, make_accelerator
 from pipeline.training.stop import EX_TEMPFAIL, STOPPED, StopRequest
@@ -214,7 +214,7 @@ def train(
         return {f"test/{key}": value for key, value in figures.items()}
 
     hooks = Hooks(evaluate=evaluate, extra=best.state)
-    done = fit(accelerator, ranks, wrapped, optimizer, task, examples, course, keeping, hooks)
+    done = Loop(accelerator, ranks, wrapped, optimizer, task, examples, course, keeping, hooks).run()
     if done.complete:
         last = {key.removeprefix("test/"): value for key, value in done.evaluated.items()}
         others = {
