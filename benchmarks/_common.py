@@ -1,17 +1,16 @@
-"""What the benchmarks share: models made on the spot, a run to train in, alternating rounds, and tables."""
+"""What the benchmarks share: options, models made on the spot, and a run to train in. How they measure: _figures.py."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import signal
-import statistics
-import time
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from pipeline.data.sources import load_source
 from pipeline.run import atomic
 from pipeline.run.directory import Artifact, Outputs, RunDir
 from pipeline.run.work import Progress
+from pipeline.serving.usage import Traffic
 from pipeline.training import ppo
 from pipeline.training.metrics import Row
 from pipeline.training.phase import Phases
@@ -97,10 +97,39 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
+OPTIONS = {
+    "shape": "the model's",
+    "reward_shape": "the reward model's",
+    "unfrozen": "layers that are trained",
+    "rounds": "rounds, after one that does not count",
+    "rollouts": "prompts of an iteration",
+    "new_tokens": "tokens of an answer",
+    "seq_length": "tokens of the longest dialogue",
+    "batch_size": "rollouts of an optimiser step",
+    "epochs": "epochs of an iteration",
+    "threads": "CPU threads",
+}
+"""What the options say that most benchmarks have."""
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """The command line of a benchmark whose docstring this is."""
+    return argparse.ArgumentParser(description=(description or "").splitlines()[0])
+
+
+def add_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Some of OPTIONS with their defaults; (default, meaning) where it says something else here."""
+    for name, given in defaults.items():
+        default, meaning = given if isinstance(given, tuple) else (given, OPTIONS[name])
+        kind: dict[str, Any] = {"choices": SHAPES} if name.endswith("shape") else {"type": type(default)}
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, default=default, help=f"{meaning} (default: {default})", **kind)
+
+
+def add_data_options(parser: argparse.ArgumentParser, vocabulary: str = "8192; 1024 for the demo") -> None:
     """Options that say which texts there are."""
     parser.add_argument("--data", help="data folder (train.jsonl[.gz], test.jsonl[.gz]; default: the demo's texts)")
-    parser.add_argument("--vocabulary", type=int, help="tokens of the tokenizer (default: 8192; 1024 for the demo)")
+    parser.add_argument("--vocabulary", type=int, help=f"tokens of the tokenizer (default: {vocabulary})")
 
 
 def read_data(data: str | None, vocabulary: int | None, positions: int) -> tuple[list[Preference], Any]:
@@ -149,20 +178,76 @@ def save_reward_model(
         tokenizer.save_pretrained(folder)
 
 
+def save_models(
+    root: Path, shape: str, reward_shape: str, tokenizer: Any, vocabulary: int, length: int, **where: Any
+) -> None:
+    """Write root/policy and root/reward, for dialogues of `length` tokens and an EOS that is put behind an answer."""
+    sizes = (tokenizer, vocabulary, length + 1)
+    save_policy(root / "policy", SHAPES[shape], *sizes, **where)
+    save_reward_model(root / "reward", SHAPES[reward_shape], *sizes, **where)
+
+
+def settings_of(
+    length: int, new_tokens: int, rollouts: int, batch_size: int, *more: Mapping[str, Any], dtype: str = "float32"
+) -> dict[str, Any]:
+    """Settings of a training of one phase's size, with others laid on them."""
+    settings: dict[str, Any] = {
+        "train": {"seq_length": length, "batch_size": batch_size},
+        "ppo": {"num_rollouts": rollouts, "chunk_size": rollouts},
+        "generate": {"max_new_tokens": new_tokens},
+        "serving": {"dtype": dtype, "max_length": length + 1},
+    }
+    for each in more:
+        settings = merge(settings, each)
+    return settings
+
+
+@contextlib.contextmanager
+def workplace(inside: Path | None = None) -> Iterator[Path]:
+    """A folder for models and runs that goes with the benchmark."""
+    with tempfile.TemporaryDirectory(prefix="hh-benchmark-", dir=inside) as folder:
+        yield Path(folder)
+
+
+class InstantScorer:
+    """A `Scorer` that nobody waits for: rewards by a function of the ids."""
+
+    identity = None
+
+    def __init__(self, reward: Callable[[Sequence[int]], float]) -> None:
+        self._reward = reward
+
+    def submit(self, sequences: Sequence[Sequence[int]]) -> Future[list[float]]:
+        """Done at once."""
+        future: Future[list[float]] = Future()
+        future.set_result(self.score(sequences))
+        return future
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """The function's."""
+        return [self._reward(sequence) for sequence in sequences]
+
+    def traffic(self) -> Traffic:
+        """Nothing goes anywhere."""
+        return Traffic()
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
 def make_run(
     root: Path,
-    policy: Path,
-    reward: Path,
+    models: Path,
     rows: Sequence[Preference],
     settings: Mapping[str, Any],
     overrides: Sequence[str] = (),
 ) -> tuple[RunDir, Config]:
-    """A run that trains the model in `policy` on the prompts of `rows`, by PPO and without a tracker."""
+    """A run that trains the policy of `save_models` on the prompts of `rows`, by PPO and without a tracker."""
     tree: dict[str, Any] = {
         "all": ["prefetch", "train"],
-        "model": {"path": str(policy)},
+        "model": {"path": str(models / "policy")},
         "sft": {"max_length": 16},  # no part of this; the default could be more than the model has
-        "reward_model": {"checkpoint": str(reward), "max_length": 16},
+        "reward_model": {"checkpoint": str(models / "reward"), "max_length": 16},
         "train": {"tracker": "none", "eval_prompts": 2, "eval_interval": 10**6, "checkpoint_interval": 10**6},
         "ppo": {"delta_reward": False},
         "generate": {"stop_sequences": []},
@@ -210,47 +295,6 @@ def one_phase(phases: Phases, state: TrainState) -> tuple[TrainState, Row]:
     return phases.finish(phase)
 
 
-def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[Any]]:
-    """What each side returned, round by round; the first `warm_up` rounds are left out."""
-    results: dict[str, list[Any]] = {name: [] for name in sides}
-    for number in range(warm_up + rounds):
-        for name, side in sides.items():
-            result = side()
-            if number >= warm_up:
-                results[name].append(result)
-    return results
-
-
-def seconds(work: Callable[[], object], device: str | torch.device = "cpu") -> float:
-    """Wall seconds of `work`, with all that it started on a GPU."""
-    synchronize(device)
-    started = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - started
-
-
-def synchronize(device: str | torch.device) -> None:
-    """Wait for a GPU."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def matmul_flops(device: str | torch.device, dtype: torch.dtype, times: int = 12) -> float:
-    """Operations a second of the best of several large matrix products."""
-    size = 8192 if torch.device(device).type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / min(seconds(lambda: a @ b, device) for _ in range(times))
-
-
-def copy_bandwidth(device: str | torch.device, times: int = 12) -> float:
-    """Bytes a second that the best of several large copies reads and writes."""
-    size = 2**30 if torch.device(device).type == "cuda" else 2**26
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * size / min(seconds(lambda: target.copy_(source), device) for _ in range(times))
-
-
 def weights_of(auto: Any, config: Any) -> int:
     """A model's parameters but for the embeddings of its input, which are looked up and not multiplied."""
     model = random_model(auto, config, device="meta")
@@ -260,38 +304,3 @@ def weights_of(auto: Any, config: Any) -> int:
 def forward_flops(weights: int, layers: int, width: int, lengths: Sequence[int]) -> float:
     """Operations that sequences' own tokens need: two a weight and token, and causal attention."""
     return float(2 * weights * sum(lengths) + 2 * layers * width * sum(length**2 for length in lengths))
-
-
-def machine(device: str | torch.device = "cpu") -> str:
-    """The hardware in a few words, and how busy it is with other work."""
-    if torch.device(device).type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    busy = f"; load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
-    return f"{os.cpu_count()} CPUs, {torch.get_num_threads()} thread(s), torch {torch.__version__}{busy}"
-
-
-Figure = tuple[str, Sequence[float], str]
-"""A name, a value a round, and the aim."""
-
-
-def print_figures(figures: Sequence[Figure]) -> None:
-    """Median and range of each figure beside its aim."""
-    print(f"\n{'figure':<44}{'median':>11}{'min':>11}{'max':>11}   aim")
-    for name, values, aim in figures:
-        print(f"{name:<44}{statistics.median(values):>11.3f}{min(values):>11.3f}{max(values):>11.3f}   {aim}".rstrip())
-
-
-def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as they need to be; the first is to the left."""
-    widths = [max(len(row[place]) for row in (titles, *rows)) for place in range(len(titles))]
-    print()
-    for row in (titles, *rows):
-        cells = [cell.ljust(width) if not place else cell.rjust(width + 2)
-                 for place, (cell, width) in enumerate(zip(row, widths, strict=True))]  # fmt: skip
-        print("".join(cells).rstrip())
-
-
-def write_json(path: Path | None, report: Mapping[str, Any]) -> None:
-    """Write a report where one was asked for."""
-    if path is not None:
-        path.write_text(json.dumps(report, indent=1, default=float) + "\n", "utf-8")

@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import tempfile
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,30 +21,35 @@ import torch
 import transformers
 from _common import (
     SHAPES,
+    InstantScorer,
     Shape,
-    copy_bandwidth,
+    add_options,
     forward_flops,
-    machine,
     make_run,
-    matmul_flops,
     one_phase,
+    parser_of,
     phases_of,
-    print_figures,
-    print_table,
     quiet,
     read_data,
-    save_policy,
-    save_reward_model,
-    seconds,
-    synchronize,
+    save_models,
+    settings_of,
     training,
     weights_of,
+    workplace,
+)
+from _figures import (
+    copy_bandwidth,
+    machine,
+    matmul_flops,
+    print_figures,
+    print_table,
+    seconds,
+    synchronize,
     write_json,
 )
 
 from pipeline.data.preferences import Preference
 from pipeline.errors import UserError, run_command
-from pipeline.serving.usage import Traffic
 from pipeline.training.metrics import Row
 from pipeline.training.prompts import generator_for
 from pipeline.training.rollout import Sampler
@@ -80,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; sizes depend on whether there is a GPU."""
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     sizes = {
         "shape": "gptj-6b" if on_gpu else "gptj-tiny",
         "prompt_tokens": 256 if on_gpu else 32,
@@ -88,17 +91,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "rollouts": 64 if on_gpu else 8,
         "decode_rows": "16,64,128" if on_gpu else "2,8",
     }
-    given = "(default: %(default)s here)"
-    parser.add_argument("--shape", choices=SHAPES, default=sizes["shape"], help=f"the policy's {given}")
+    add_options(parser, shape=(sizes["shape"], "the policy's, here"))
     parser.add_argument("--reward-shape", choices=SHAPES, help="the reward model's (default: the policy's)")
-    parser.add_argument("--unfrozen", type=int, default=2, help="layers that PPO trains (default: 2)")
-    parser.add_argument("--prompt-tokens", type=int, default=sizes["prompt_tokens"], help=f"of each prompt {given}")
-    parser.add_argument("--new-tokens", type=int, default=sizes["new_tokens"], help=f"of each answer {given}")
-    parser.add_argument("--rollouts", type=int, default=sizes["rollouts"], help=f"of an iteration {given}")
-    parser.add_argument("--decode-rows", default=sizes["decode_rows"], help=f"rows to sample side by side {given}")
-    parser.add_argument("--batch-size", type=int, default=8, help="rollouts of an optimiser step (default: 8)")
-    parser.add_argument("--epochs", type=int, default=4, help="epochs of an iteration (default: 4)")
-    parser.add_argument("--rounds", type=int, default=3, help="of each figure, after one more (default: 3)")
+    add_options(parser, unfrozen=2, prompt_tokens=(sizes["prompt_tokens"], "tokens of each prompt, here"))
+    add_options(parser, new_tokens=(sizes["new_tokens"], "tokens of an answer, here"))
+    add_options(parser, rollouts=(sizes["rollouts"], "prompts of an iteration, here"))
+    add_options(parser, decode_rows=(sizes["decode_rows"], "rows to sample side by side, here"))
+    add_options(parser, batch_size=8, epochs=4, rounds=(3, "of each figure, after one more"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, as for submit")
     parser.add_argument("--folder", type=Path, help="where the models are written for the while (default: TMPDIR)")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
@@ -125,8 +124,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     known = next((peaks for name, peaks in PEAKS.items() if on_gpu and name in torch.cuda.get_device_name()), None)
     if known is not None:
         report["table_flops"], report["table_bytes_per_second"] = known
-    with tempfile.TemporaryDirectory(prefix="hh-benchmark-", dir=options.folder) as folder:
-        run, config = prepare(Path(folder), options, device, dtype)
+    with workplace(options.folder) as root:
+        run, config = prepare(root, options, device, dtype)
         with training(run, config) as trainer:
             synchronize(device)
             report["decode"] = [
@@ -143,27 +142,15 @@ def prepare(root: Path, options: argparse.Namespace, device: str, dtype: torch.d
     preferences, tokenizer = read_data(None, None, length)
     vocabulary = GPTJ_VOCABULARY if options.shape == "gptj-6b" else len(tokenizer)
     where: dict[str, Any] = {"device": device, "dtype": dtype}
-    sizes = (tokenizer, vocabulary, length + 1)  # an EOS stands behind an answer that is scored
-    save_policy(root / "policy", SHAPES[options.shape], *sizes, **where)
-    save_reward_model(root / "reward", SHAPES[options.reward_shape or options.shape], *sizes, **where)
+    save_models(root, options.shape, options.reward_shape or options.shape, tokenizer, vocabulary, length, **where)
     if device == "cuda":
         torch.cuda.empty_cache()
     count = max(options.rollouts, *map(int, options.decode_rows.split(",")))
-    settings: dict[str, Any] = {
-        "model": {"num_layers_unfrozen": options.unfrozen},
-        "train": {"seq_length": length, "batch_size": options.batch_size},
-        "ppo": {"num_rollouts": options.rollouts, "chunk_size": options.rollouts, "ppo_epochs": options.epochs},
-        "generate": {"max_new_tokens": options.new_tokens},
-        "serving": {"dtype": str(dtype).removeprefix("torch."), "max_length": length + 1},
-    }
-    return make_run(
-        root / "run",
-        root / "policy",
-        root / "reward",
-        long_prompts(preferences, tokenizer, options.prompt_tokens, count),
-        settings,
-        options.set,
-    )
+    more = {"model": {"num_layers_unfrozen": options.unfrozen}, "ppo": {"ppo_epochs": options.epochs}}
+    sizes = (length, options.new_tokens, options.rollouts, options.batch_size)
+    settings = settings_of(*sizes, more, dtype=str(dtype).removeprefix("torch."))
+    rows = long_prompts(preferences, tokenizer, options.prompt_tokens, count)
+    return make_run(root / "run", root, rows, settings, options.set)
 
 
 def long_prompts(preferences: Sequence[Preference], tokenizer: Any, tokens: int, count: int) -> list[Preference]:
@@ -179,29 +166,6 @@ def long_prompts(preferences: Sequence[Preference], tokenizer: Any, tokens: int,
     return prompts
 
 
-class NoScores:
-    """A `Scorer` that nobody waits for: sampling alone."""
-
-    identity = None
-
-    def submit(self, sequences: Sequence[Sequence[int]]) -> Future[list[float]]:
-        """Zeros."""
-        future: Future[list[float]] = Future()
-        future.set_result([0.0] * len(sequences))
-        return future
-
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """Zeros."""
-        return [0.0] * len(sequences)
-
-    def traffic(self) -> Traffic:
-        """None."""
-        return Traffic()
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
 def decode_figures(trainer: Trainer, rows: int, options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
     """Seconds of sampling `rows` answers side by side: of prompts and first ids, and of the steps behind them.
 
@@ -213,7 +177,7 @@ def decode_figures(trainer: Trainer, rows: int, options: argparse.Namespace, dty
 
     def sampled(new_tokens: int) -> float:
         generate = trainer.sampler.generate.model_copy(update={"max_new_tokens": new_tokens})
-        sampler: Sampler = replace(trainer.sampler, generate=generate, scorer=NoScores())
+        sampler: Sampler = replace(trainer.sampler, generate=generate, scorer=InstantScorer(lambda ids: 0.0))
         generator = generator_for(device, 0, "decode", rows)
         return seconds(lambda: sampler.sample(prompts, generator), device)
 

@@ -21,37 +21,34 @@ import pstats
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import venv
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from _common import (
-    SHAPES,
+    InstantScorer,
     add_data_options,
-    alternate,
-    machine,
+    add_options,
     make_run,
     one_phase,
+    parser_of,
     phases_of,
-    print_figures,
-    print_table,
     quiet,
     read_data,
-    save_policy,
-    save_reward_model,
+    save_models,
+    settings_of,
     training,
+    workplace,
 )
+from _figures import alternate, machine, print_figures, print_table
 
 from pipeline.data.preferences import Preference
 from pipeline.data.tokens import encode
 from pipeline.errors import run_command
-from pipeline.serving.usage import Traffic
 from pipeline.training.state import TrainState
 
 PEER = ("trl==1.12.0", "transformers==5.23.0", "accelerate==1.15.0", "torch==2.13.0")
@@ -78,21 +75,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     add_data_options(parser)
     parser.add_argument("--venv", type=Path, help="TRL's virtual environment; without it TRL is left out")
     parser.add_argument("--work", default=",".join(WORK), help=f"what to train: some of {', '.join(WORK)} (default)")
-    parser.add_argument("--shape", choices=SHAPES, default="peers", help="the model's (default: peers)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds, after one that does not count (default: 3)")
-    parser.add_argument("--rollouts", type=int, default=32, help="prompts of an iteration (default: 32)")
-    parser.add_argument("--new-tokens", type=int, default=128, help="tokens of an answer (default: 128)")
-    parser.add_argument("--seq-length", type=int, default=512, help="tokens of the longest dialogue (default: 512)")
-    parser.add_argument("--batch-size", type=int, default=8, help="rollouts of an optimiser step (default: 8)")
+    add_options(parser, shape="peers", rounds=3, rollouts=32, new_tokens=128, seq_length=512, batch_size=8, epochs=4)
+    add_options(parser, threads=(2, "CPU threads of each side"))
     parser.add_argument(
         "--micro-tokens", type=int, default=1024, help="of a forward here (default: 1024); TRL has none"
     )
-    parser.add_argument("--epochs", type=int, default=4, help="epochs of an iteration (default: 4)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of each side (default: 2)")
     parser.add_argument(
         "--profile",
         type=Path,
@@ -105,8 +96,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[Report]]:
     """Each side's iterations."""
     quiet()
     torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory(prefix="hh-benchmark-") as folder, contextlib.ExitStack() as sides:
-        root = Path(folder)
+    with workplace() as root, contextlib.ExitStack() as sides:
         rows, prompts = make_models(root, options)
         profile = cProfile.Profile(time.thread_time) if options.profile else None
         takes_turns: dict[str, Callable[[], Report]] = {}
@@ -151,7 +141,7 @@ def show(reports: dict[str, list[Report]]) -> None:
 def make_models(root: Path, options: argparse.Namespace) -> tuple[list[Preference], list[list[int]]]:
     """Write policy and reward model; choose the prompts among those that need not be cut."""
     preferences, tokenizer = read_data(options.data, options.vocabulary, options.seq_length)
-    room, vocabulary = options.seq_length - options.new_tokens, len(tokenizer)
+    room = options.seq_length - options.new_tokens
     order = torch.randperm(len(preferences), generator=torch.Generator().manual_seed(SEED)).tolist()
     rows, prompts = [], []
     for place in order:
@@ -159,10 +149,7 @@ def make_models(root: Path, options: argparse.Namespace) -> tuple[list[Preferenc
         if len(ids) <= room and len(rows) < options.rollouts:
             rows.append(preferences[place])
             prompts.append(ids)
-    # A position more: this project puts an EOS behind every answer for the reward model.
-    sizes = (SHAPES[options.shape], tokenizer, vocabulary, options.seq_length + 1)
-    save_policy(root / "policy", *sizes)
-    save_reward_model(root / "reward", *sizes)
+    save_models(root, options.shape, options.shape, tokenizer, len(tokenizer), options.seq_length)
     return rows, prompts
 
 
@@ -171,51 +158,21 @@ def token_reward(ids: Sequence[int]) -> float:
     return statistics.fmean((token % PERIOD) / PERIOD for token in ids[:-1])
 
 
-class TokenScorer:
-    """A `Scorer` of `token_reward`."""
-
-    identity = None
-
-    def submit(self, sequences: Sequence[Sequence[int]]) -> Future[list[float]]:
-        """Done at once."""
-        future: Future[list[float]] = Future()
-        future.set_result([token_reward(sequence) for sequence in sequences])
-        return future
-
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """`submit` and wait."""
-        return self.submit(sequences).result()
-
-    def traffic(self) -> Traffic:
-        """Nothing goes anywhere."""
-        return Traffic()
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
 @contextlib.contextmanager
 def our_iterations(
     root: Path, work: str, rows: Sequence[Preference], options: argparse.Namespace, profile: cProfile.Profile | None
 ) -> Iterator[Callable[[], Report]]:
     """Gives the next iteration of this project's trainer."""
-    settings: dict[str, Any] = {
+    more = {
         "seed": SEED,
-        "train": {
-            "seq_length": options.seq_length,
-            "batch_size": options.batch_size,
-            "micro_batch_tokens": options.micro_tokens,
-        },
-        "ppo": {"num_rollouts": len(rows), "chunk_size": len(rows), "ppo_epochs": options.epochs},
-        "generate": {"max_new_tokens": options.new_tokens},
+        "train": {"micro_batch_tokens": options.micro_tokens},
+        "ppo": {"ppo_epochs": options.epochs},
         "optimizer": {"lr": LR},
-        "serving": {"dtype": "float32", "max_length": options.seq_length + 1},
     }
-    for section, values in WORK[work][0].items():
-        settings[section] = {**settings.get(section, {}), **values}
-    run, config = make_run(root, root.parent / "policy", root.parent / "reward", rows, settings)
+    sizes = (options.seq_length, options.new_tokens, len(rows), options.batch_size)
+    run, config = make_run(root, root.parent, rows, settings_of(*sizes, more, WORK[work][0]))
     with training(run, config) as trainer:
-        phases = phases_of(trainer, sampler=replace(trainer.sampler, scorer=TokenScorer()))
+        phases = phases_of(trainer, sampler=replace(trainer.sampler, scorer=InstantScorer(token_reward)))
         state = TrainState(kl_coefficient=config.ppo.init_kl_coef)
 
         def iteration() -> Report:

@@ -13,24 +13,21 @@ import json
 import os
 import statistics
 import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from _common import (
-    SHAPES,
     add_data_options,
-    alternate,
-    machine,
+    add_options,
     make_run,
-    print_figures,
-    print_table,
+    parser_of,
     quiet,
     read_data,
-    save_policy,
-    save_reward_model,
+    save_models,
+    settings_of,
+    workplace,
 )
+from _figures import alternate, machine, print_figures, print_table
 
 from pipeline.config.schema import Config
 from pipeline.errors import run_command
@@ -50,16 +47,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     add_data_options(parser)
     parser.add_argument("--processes", type=int, default=2, help="processes of the second side (default: 2)")
-    parser.add_argument("--shape", choices=SHAPES, default="peers", help="the model's (default: peers)")
-    parser.add_argument("--rounds", type=int, default=3, help="launches of each side (default: 3)")
+    add_options(parser, shape="peers", rounds=(3, "launches of each side"))
     parser.add_argument("--phases", type=int, default=3, help="phases of a launch, the first not counted (default: 3)")
-    parser.add_argument("--rollouts", type=int, default=32, help="prompts of a process and phase (default: 32)")
-    parser.add_argument("--new-tokens", type=int, default=128, help="tokens of an answer (default: 128)")
-    parser.add_argument("--seq-length", type=int, default=512, help="tokens of the longest dialogue (default: 512)")
-    parser.add_argument("--batch-size", type=int, default=8, help="rollouts of a process and step (default: 8)")
+    add_options(parser, rollouts=(32, "prompts of a process and phase"), new_tokens=128, seq_length=512)
+    add_options(parser, batch_size=(8, "rollouts of a process and step"))
     return parser.parse_args(argv)
 
 
@@ -67,11 +61,11 @@ def measure(options: argparse.Namespace) -> dict[int, list[Rows]]:
     """What each side's trainings recorded, by the number of processes."""
     quiet()
     preferences, tokenizer = read_data(options.data, options.vocabulary, options.seq_length)
-    with tempfile.TemporaryDirectory(prefix="hh-benchmark-") as folder:
-        root = Path(folder)
-        sizes = (tokenizer, len(tokenizer), options.seq_length + 1)
-        save_policy(root / "policy", SHAPES[options.shape], *sizes)
-        save_reward_model(root / "reward", SHAPES["demo"], *sizes)
+    steps = options.phases * 4 * options.rollouts // options.batch_size
+    more = {"train": {"total_steps": steps}, "ppo": {"ppo_epochs": 4}}
+    settings = settings_of(options.seq_length, options.new_tokens, options.rollouts, options.batch_size, more)
+    with workplace() as root:
+        save_models(root, options.shape, "demo", tokenizer, len(tokenizer), options.seq_length)
         print(f"{machine()}; shape {options.shape}; {options.rollouts} rollouts a process and phase, "
               f"{options.new_tokens} new tokens, batches of {options.batch_size} a process; {options.rounds} launches "
               f"of {options.phases} phases")  # fmt: skip
@@ -80,18 +74,7 @@ def measure(options: argparse.Namespace) -> dict[int, list[Rows]]:
         def launch(processes: int) -> Rows:
             nonlocal launched
             launched += 1
-            settings = {
-                "train": {
-                    "seq_length": options.seq_length,
-                    "batch_size": options.batch_size,
-                    "total_steps": options.phases * 4 * options.rollouts // options.batch_size,
-                },
-                "ppo": {"num_rollouts": options.rollouts, "chunk_size": options.rollouts, "ppo_epochs": 4},
-                "generate": {"max_new_tokens": options.new_tokens},
-                "serving": {"dtype": "float32", "max_length": options.seq_length + 1},
-            }
-            run, config = make_run(root / f"run-{launched}", root / "policy", root / "reward", preferences, settings)
-            return train(run, config, processes)
+            return train(*make_run(root / f"run-{launched}", root, preferences, settings), processes)
 
         sides = {count: (lambda count=count: launch(count)) for count in (1, options.processes)}
         return alternate(sides, options.rounds, warm_up=0)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,19 +20,20 @@ from typing import Any
 import torch
 from _common import (
     SHAPES,
+    add_data_options,
+    add_options,
     forward_flops,
-    matmul_flops,
-    print_figures,
+    parser_of,
     quiet,
+    read_data,
     record,
     save_reward_model,
-    seconds,
-    tokenizer_of,
+    workplace,
 )
+from _figures import matmul_flops, print_figures, seconds
 
 from pipeline.config.load import check, dump
 from pipeline.config.schema import Config
-from pipeline.data.sources import load_source
 from pipeline.data.tokens import encode_pair
 from pipeline.errors import run_command
 from pipeline.run.directory import RunDir
@@ -55,33 +55,28 @@ Calls = list[list[list[int]]]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", help="data folder (default: the demo's texts)")
-    parser.add_argument("--shape", choices=SHAPES, default="demo", help="the model's (default: demo)")
+    parser = parser_of(__doc__)
+    add_data_options(parser)
+    add_options(parser, shape="demo", rounds=(5, "rounds"), threads=(1, "CPU threads of model and server"))
     parser.add_argument("--calls", type=int, default=3, help="calls a round (default: 3)")
     parser.add_argument("--rows", type=int, default=128, help="sequences a call (default: 128)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds (default: 5)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of model and server (default: 1)")
-    parser.add_argument("--vocabulary", type=int, help="tokens of the tokenizer (default: 8192; 1024 for the demo)")
     options = parser.parse_args(argv)
     quiet()
     torch.set_num_threads(options.threads)
     calls, vocabulary = read_calls(options)
-    with tempfile.TemporaryDirectory(prefix="hh-benchmark-") as folder:
-        measure(Path(folder), options, calls, vocabulary)
+    with workplace() as root:
+        measure(root, options, calls, vocabulary)
 
 
 def read_calls(options: argparse.Namespace) -> tuple[Calls, int]:
     """Calls of prompt and chosen answer as token ids, and the size of their vocabulary."""
-    preferences = load_source(check({"data": {"source": options.data or "demo"}}))["train"]
-    vocabulary = options.vocabulary or (8192 if options.data else 1024)
-    tokenizer = tokenizer_of(preferences, vocabulary, MAX_LENGTH)
+    preferences, tokenizer = read_data(options.data, options.vocabulary, MAX_LENGTH)
     pairs = (
         encode_pair(tokenizer, one.prompt, one.chosen, MAX_LENGTH)
         for one in preferences[: options.calls * options.rows]
     )
     rows = [prompt + answer for prompt, answer in pairs]
-    return [rows[start : start + options.rows] for start in range(0, len(rows), options.rows)], vocabulary
+    return [rows[start : start + options.rows] for start in range(0, len(rows), options.rows)], len(tokenizer)
 
 
 def measure(root: Path, options: argparse.Namespace, calls: Calls, vocabulary: int) -> None:

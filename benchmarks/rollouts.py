@@ -27,12 +27,10 @@ from typing import Any
 
 import torch
 import transformers
+from _common import add_data_options, add_options, parser_of, read_data
 
-from pipeline.config.load import check
 from pipeline.config.training import Generate
-from pipeline.data.embedded import build_tokenizer
 from pipeline.data.preferences import Preference
-from pipeline.data.sources import load_source
 from pipeline.data.tokens import encode, end_id
 from pipeline.errors import run_command
 from pipeline.training.decode import decode
@@ -61,16 +59,14 @@ class Work:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a table a case."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", help="data folder (default: the demo's texts)")
+    parser = parser_of(__doc__)
+    add_data_options(parser, vocabulary="8192")
     parser.add_argument("--prompts", type=int, default=128, help="prompts a round (default: 128)")
     parser.add_argument("--rows", type=int, default=32, help="rows side by side (default: 32)")
     parser.add_argument("--new", type=int, default=128, help="tokens of the longest answer (default: 128)")
     parser.add_argument("--layers", type=int, default=12, help="layers of the GPT-NeoX (default: 12)")
     parser.add_argument("--hidden", type=int, default=256, help="its width (default: 256)")
-    parser.add_argument("--vocabulary", type=int, default=8192, help="tokens of the tokenizer (default: 8192)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds (default: 5)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    add_options(parser, rounds=(5, "rounds"), threads=1)
     parser.add_argument("--sorted", action="store_true", help="give generate prompts of like length together")
     parser.add_argument("--case", choices=CASES, action="append", help="only this case; may be repeated")
     options = parser.parse_args(argv)
@@ -79,8 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {options.threads} thread(s)"
     print(f"{where}; {options.layers} layers x {options.hidden}; {options.prompts} prompts, {options.rows} rows side "
           f"by side, up to {options.new} new tokens; {options.rounds} rounds")  # fmt: skip
-    preferences = load_source(check({"data": {"source": options.data or "demo"}}))["train"]
-    tokenizer = build_tokenizer([one.prompt + one.chosen for one in preferences], options.vocabulary, LENGTH)
+    preferences, tokenizer = read_data(options.data, options.vocabulary or 8192, LENGTH)
     for case in options.case or CASES:
         work = make_work(options, case, tokenizer, preferences[: options.prompts])
         sides = sides_of(work, case, options.sorted)

@@ -11,30 +11,27 @@ from __future__ import annotations
 import argparse
 import contextlib
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from _common import (
-    SHAPES,
     add_data_options,
-    alternate,
-    machine,
+    add_options,
     make_run,
     one_phase,
+    parser_of,
     phases_of,
-    print_figures,
-    print_table,
     quiet,
     read_data,
     record,
-    save_policy,
-    save_reward_model,
+    save_models,
+    settings_of,
     training,
+    workplace,
 )
+from _figures import alternate, machine, print_figures, print_table
 
 from pipeline.config.schema import Config
 from pipeline.errors import run_command
@@ -57,15 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     add_data_options(parser)
-    parser.add_argument("--shape", choices=SHAPES, default="peers", help="the policy's (default: peers)")
-    parser.add_argument("--reward-shape", choices=SHAPES, default="demo", help="the reward model's (default: demo)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds, after one that does not count (default: 5)")
-    parser.add_argument("--rollouts", type=int, default=32, help="prompts of an iteration (default: 32)")
-    parser.add_argument("--new-tokens", type=int, default=128, help="tokens of an answer (default: 128)")
-    parser.add_argument("--seq-length", type=int, default=512, help="tokens of the longest dialogue (default: 512)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of trainer and of server (default: 1)")
+    add_options(parser, shape=("peers", "the policy's"), reward_shape="demo", rounds=5, rollouts=32, new_tokens=128)
+    add_options(parser, seq_length=512, threads=(1, "CPU threads of trainer and of server"))
     return parser.parse_args(argv)
 
 
@@ -74,27 +66,11 @@ def measure(options: argparse.Namespace) -> dict[str, list[Row]]:
     quiet()
     torch.set_num_threads(options.threads)
     preferences, tokenizer = read_data(options.data, options.vocabulary, options.seq_length)
-    settings = {
-        "train": {"seq_length": options.seq_length, "batch_size": 8},
-        "ppo": {"num_rollouts": options.rollouts, "chunk_size": options.rollouts},
-        "generate": {"max_new_tokens": options.new_tokens},
-        "serving": {
-            "dtype": "float32",
-            "max_length": options.seq_length + 1,
-            "num_threads": options.threads,
-            "bind": "unix",
-        },
-        "sandbox": {"engine": "venv"},
-    }
-    with tempfile.TemporaryDirectory(prefix="hh-benchmark-") as folder, contextlib.ExitStack() as stack:
-        root = Path(folder)
-        sizes = (tokenizer, len(tokenizer), options.seq_length + 1)
-        save_policy(root / "policy", SHAPES[options.shape], *sizes)
-        save_reward_model(root / "reward", SHAPES[options.reward_shape], *sizes)
-        runs = {
-            name: make_run(root / name, root / "policy", root / "reward", preferences, settings)
-            for name in ("served", "local")
-        }
+    more = {"serving": {"num_threads": options.threads, "bind": "unix"}, "sandbox": {"engine": "venv"}}
+    settings = settings_of(options.seq_length, options.new_tokens, options.rollouts, 8, more)
+    with workplace() as root, contextlib.ExitStack() as stack:
+        save_models(root, options.shape, options.reward_shape, tokenizer, len(tokenizer), options.seq_length)
+        runs = {name: make_run(root / name, root, preferences, settings) for name in ("served", "local")}
         run, config = runs["served"]
         manifest = convert(root / "reward", run.root / "model_store", config.serving)
         store = {"identity": manifest.identity, "model_name": manifest.model_name}

@@ -14,27 +14,26 @@ import contextlib
 import copy
 import math
 import statistics
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from _common import (
     SHAPES,
-    alternate,
-    machine,
+    add_data_options,
+    add_options,
     make_run,
     one_phase,
+    parser_of,
     phases_of,
-    print_figures,
-    print_table,
     quiet,
     read_data,
-    save_policy,
-    save_reward_model,
+    save_models,
+    settings_of,
     training,
+    workplace,
 )
+from _figures import alternate, machine, print_figures, print_table
 
 from pipeline.data.tokens import encode
 from pipeline.errors import run_command
@@ -55,18 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", help="data folder (train.jsonl[.gz], test.jsonl[.gz]; default: the demo's texts)")
-    parser.add_argument("--vocabulary", type=int, help="tokens of the tokenizer (default: 1024)")
-    parser.add_argument("--shape", choices=SHAPES, default="gptj-narrow", help="the model's (default: gptj-narrow)")
-    parser.add_argument("--unfrozen", type=int, default=2, help="layers that are trained (default: 2)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds, after one that does not count (default: 5)")
-    parser.add_argument("--rollouts", type=int, default=16, help="prompts of the phase (default: 16)")
-    parser.add_argument("--new-tokens", type=int, default=128, help="tokens of an answer (default: 128)")
-    parser.add_argument("--seq-length", type=int, default=512, help="tokens of the longest dialogue (default: 512)")
-    parser.add_argument("--batch-size", type=int, default=4, help="rollouts of an optimiser step (default: 4)")
-    parser.add_argument("--epochs", type=int, default=4, help="epochs (default: 4)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser = parser_of(__doc__)
+    add_data_options(parser, vocabulary="1024")
+    add_options(parser, shape="gptj-narrow", unfrozen=2, rounds=5, rollouts=(16, "prompts of the phase"))
+    add_options(parser, new_tokens=128, seq_length=512, batch_size=4, epochs=(4, "epochs"), threads=2)
     return parser.parse_args(argv)
 
 
@@ -78,19 +69,11 @@ def measure(options: argparse.Namespace) -> dict[str, list[Row]]:
     shape, room = SHAPES[options.shape], options.seq_length - options.new_tokens
     vocabulary = max(len(tokenizer), round(shape.width * HEAD_PER_WIDTH))
     rows = [row for row in preferences if len(encode(tokenizer, row.prompt)) <= room][: options.rollouts]
-    settings = {
-        "model": {"num_layers_unfrozen": options.unfrozen},
-        "train": {"seq_length": options.seq_length, "batch_size": options.batch_size},
-        "ppo": {"num_rollouts": len(rows), "chunk_size": len(rows), "ppo_epochs": options.epochs},
-        "generate": {"max_new_tokens": options.new_tokens},
-        "serving": {"dtype": "float32", "max_length": options.seq_length + 1},
-    }
-    with tempfile.TemporaryDirectory(prefix="hh-benchmark-") as folder:
-        root = Path(folder)
-        sizes = (tokenizer, vocabulary, options.seq_length + 1)
-        save_policy(root / "policy", shape, *sizes)
-        save_reward_model(root / "reward", SHAPES["tiny"], *sizes)
-        run, config = make_run(root / "run", root / "policy", root / "reward", rows, settings)
+    more = {"model": {"num_layers_unfrozen": options.unfrozen}, "ppo": {"ppo_epochs": options.epochs}}
+    settings = settings_of(options.seq_length, options.new_tokens, len(rows), options.batch_size, more)
+    with workplace() as root:
+        save_models(root, options.shape, "tiny", tokenizer, vocabulary, options.seq_length)
+        run, config = make_run(root / "run", root, rows, settings)
         with training(run, config) as trainer:
             print(f"{machine()}; shape {options.shape}, {options.unfrozen} of {shape.layers} layers trained, "
                   f"vocabulary {vocabulary}; {len(rows)} answers of {options.new_tokens} tokens, {options.epochs} "

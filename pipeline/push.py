@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, help="the run directory")
     parser.add_argument("--to", metavar="OWNER/NAME", help="the repository; by default output.push_to_hub")
-    parser.add_argument("--best", action="store_true", help="the policy of the best held-out reward, not the last one")
+    parser.add_argument("--best", action="store_true", help="the model of the best held-out figure, not the last one")
     arguments = parser.parse_args(argv)
     run = open_run(arguments.run)
     config = read_config(run.root)
@@ -29,11 +29,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("output.push_to_hub: names no repository; give one with --to owner/name")
 
     from pipeline.data.publish import push_folder, result_of
+    from pipeline.run.sources import keeps_best, supervised_model
 
     stage, artifact = result_of(config)
-    if arguments.best and stage != "train":
-        raise UserError(f"--best: the stage {stage} keeps no best model beside its last one; leave it out")
-    folder = run.artifact(stage, "best" if arguments.best else artifact)
+    folder = run.artifact(stage, artifact)
+    if stage != "train":
+        folder = supervised_model(run, stage)  # the best, where it was kept
+        if arguments.best and not keeps_best(run, stage):
+            setting = f"{stage.replace('-', '_')}.save_best"
+            raise UserError(f"--best: the stage {stage} kept no best model ({setting}); leave it out")
+    elif arguments.best:
+        folder = run.artifact(stage, "best")
 
     print(f"pushed to {push_folder(folder, repository, output.private)}")
     return 0

@@ -72,13 +72,16 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0 when all chosen stages are done, 1 when one failed."""
     arguments = build_parser().parse_args(argv)
+    from pipeline.config.checks import check_selected
     from pipeline.run import provenance
     from pipeline.run.directory import RunDir
     from pipeline.scheduler import script
     from pipeline.stages.names import select_stages
 
     def select(config: Config) -> tuple[str, ...]:
-        return select_stages(arguments.stage, config.all, arguments.start, arguments.until)
+        selected = select_stages(arguments.stage, config.all, arguments.start, arguments.until)
+        check_selected(config, selected)
+        return selected
 
     run_dir = arguments.run_dir or Path("runs") / chosen_preset(arguments.preset)
     if arguments.sweep:

@@ -12,9 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers_ppo import make_run, tiny_config
 
 from pipeline.data.preferences import Preference
 from pipeline.training.baselines import BLOCK, baseline_scores, content_key, read_scores, write_scores
+from pipeline.training.ppo import load_data
 
 ROWS = [Preference(f"Human: {number}\n\nAssistant:", f" answer {number}", " no") for number in range(3 * BLOCK + 5)]
 ANY: Any = SimpleNamespace(max_length=64, answer=lambda prompt, answer: [ord(letter) for letter in prompt + answer])
@@ -69,6 +71,27 @@ def scored(cache: Path, scorer: Any, rows: Sequence[int] = range(len(ROWS)), ran
 
 def expected(rows: Sequence[int] = range(len(ROWS))) -> dict[int, float]:
     return {row: sum(map(ord, ROWS[row].prompt + ROWS[row].chosen)) / 7 for row in rows}
+
+
+@pytest.mark.parametrize(("advantage", "asked"), [("gae", {"train", "test"}), ("rloo", {"test"})])
+def test_training_prompts_baselines_are_not_asked_for_where_they_cancel(
+    advantage: str, asked: set[str], tmp_path: Path
+) -> None:
+    ppo = {"num_rollouts": 4, "chunk_size": 4, "advantage": advantage, "group_size": 2, "scale_reward": "none"}
+    config = tiny_config(ppo={**ppo, "cliprange_reward": None})
+    run = make_run(tmp_path, config)
+    scorer, progress = Sums(), SimpleNamespace(update=lambda step, note: None)
+    sampler: Any = SimpleNamespace(scoring=ANY, scorer=scorer)
+
+    data = load_data(run, config, sampler, Alone(), progress)  # type: ignore[arg-type]
+
+    found = {"train": data.train_baselines, "test": data.heldout_baselines}
+    assert {name for name, scores in found.items() if scores is not None} == asked
+    assert (
+        found["test"] == {row: sum(map(ord, each.prompt + each.chosen)) / 7 for row, each in enumerate(data.heldout)}
+        and len(data.heldout) == 4
+    )  # train.eval_prompts
+    assert sum(scorer.asked) == sum(len(scores) for scores in found.values() if scores is not None)
 
 
 def files(cache: Path) -> list[Path]:

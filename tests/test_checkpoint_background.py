@@ -6,6 +6,8 @@ import json
 import shutil
 import threading
 import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from pipeline.errors import UserError
 from pipeline.training import checkpoint, checkpoint_files
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.checkpoint_files import BEST, all_checkpoints, is_intact
+from pipeline.training.ranks import Ranks
 from pipeline.training.snapshot import copies
 from pipeline.training.writer import Writer
 
@@ -117,7 +120,7 @@ def test_the_best_policy_outlives_the_checkpoint_of_its_step(tmp_path: Path) -> 
     checkpoints.wait()
     assert [path.name for path in all_checkpoints(tmp_path)] == ["step-00000008"]
     assert [path.name for path in all_checkpoints(tmp_path, BEST)] == ["best-00000004"]
-    assert is_intact(tmp_path / "best") and json.loads((tmp_path / "best/state.json").read_text())["reward"] == 0.4
+    assert is_intact(tmp_path / "best") and json.loads((tmp_path / "best/state.json").read_text())["figure"] == 0.4
     assert load_file(tmp_path / "best/model.safetensors")["weight"].tolist() == [[4.0, 4.0]]
     assert not checkpoints.load_best(accelerator, 2)
     assert checkpoints.load_best(accelerator, 4) and model.weight.tolist() == [[4.0, 4.0]]
@@ -154,6 +157,65 @@ def test_a_training_that_fails_ends_behind_the_checkpoint_that_it_was_writing(
         threading.Timer(0.2, gate.opened.set).start()
         raise ValueError("a bug")
     assert [path.name for path in all_checkpoints(tmp_path)] == ["step-00000002"]
+
+
+class Together(Ranks):
+    """One of two ranks, each a thread of this process."""
+
+    def __init__(self, rank: int, shared: list[Any], barrier: threading.Barrier) -> None:
+        super().__init__(rank, 2, torch.device("cpu"))
+        object.__setattr__(self, "_meet", (shared, barrier))
+
+    def gather(self, value: Any) -> list[Any]:
+        shared, barrier = self.__dict__["_meet"]
+        shared[self.rank] = value
+        barrier.wait(20)
+        values = list(shared)
+        barrier.wait(20)
+        return values
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self.gather(values)).sum(dim=0)
+
+
+def test_a_disk_that_fails_on_one_rank_is_an_error_on_every_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accelerator = accelerator_of(torch.nn.Linear(2, 1))
+    shared, barrier, real = [None, None], threading.Barrier(2), checkpoint_files.write_file
+    ranks = [Checkpoints(tmp_path, Together(rank, shared, barrier), 3, background=True) for rank in range(2)]
+
+    def each(work: Callable[[Checkpoints], Any]) -> list[Any]:
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(work, ranks))
+
+    def saved(step: int) -> Callable[[Checkpoints], str]:
+        def save(checkpoints: Checkpoints) -> str:
+            try:
+                checkpoints.save(accelerator, step, {}, extra={"step": step})
+                checkpoints.wait()
+            except UserError as error:
+                return str(error)
+            return "saved"
+
+        return save
+
+    def full_on_the_second(path: Path, content: Any) -> None:
+        if path.name == "phase_1.bin":
+            raise OSError(28, "No space left on device")
+        real(path, content)
+
+    assert each(saved(2)) == ["saved", "saved"]
+    monkeypatch.setattr(checkpoint_files, "write_file", full_on_the_second)
+    one, other = each(saved(4))
+    assert one == other and "step-00000004.unfinished: cannot write: the disk is full" in one
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000002", "latest"}
+    assert (tmp_path / "latest").resolve().name == "step-00000002"
+
+    monkeypatch.setattr(checkpoint_files, "write_file", real)
+    assert each(saved(4)) == ["saved", "saved"]  # the writers go on
+    assert [state["step"] for state in each(lambda checkpoints: checkpoints.load(accelerator))] == [4, 4]
+    assert [kept["step"] for kept in each(lambda checkpoints: checkpoints.extra())] == [4, 4]
 
 
 def test_what_was_written_is_not_kept_in_memory() -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import submit
 from pipeline.config import load
+from pipeline.config.checks import check_selected
 from pipeline.config.reference import render_reference
 from pipeline.errors import UserError
 
@@ -94,6 +96,8 @@ def test_a_fault_is_one_line_that_names_key_and_remedy(override: str, message: s
             "ppo.critic_warmup_steps: means nothing",
         ),
         (["train.method=ilql", "model.lora.rank=4"], "model.lora.rank: adapters are PPO's"),
+        (["sft.save_best=true"], "sft.save_best: needs evaluations to choose from; set sft.eval_interval"),
+        (["reward_model.save_best=true"], "reward_model.save_best: needs evaluations to choose from; set reward_m"),
         (["ppo.critic_lr=1e-5"], "ppo.critic_lr: a value head is trained at optimizer.lr"),
         (["ppo.kl_placement=loss"], 'ppo.kl_estimator: the gradient of "k1" is zero on average'),
         (["train.method=ilql", "ilql.betas=[]"], "ilql.betas: is empty"),
@@ -107,6 +111,35 @@ def test_settings_that_exclude_each_other_are_one_line(overrides: list[str], mes
         demo(*overrides)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "stage", "message"),
+    [
+        ("ppo.advantage=rloo", "train", 'ppo.group_size: 1 gives ppo.advantage = "rloo"'),
+        ("model.num_layers_unfrozen=9", "train", "model.num_layers_unfrozen: 9 is more than the model's 4 layers"),
+        ("train.seq_length=1000", "evaluate", "train.seq_length: 1000 is more than the model's 256 positions"),
+        ("generate.max_new_tokens=200", "evaluate", "train.seq_length: 160 leaves no room for a prompt"),
+        ("reward_model.max_length=999", "reward-model", "reward_model.max_length: 999 is more than"),
+        ("reward_model.accelerate_config=zero2-bf16", "reward-model", "reward_model.accelerate_config: zero2-bf16"),
+        ("reward_model.save_best=true", "reward-model", "reward_model.save_best: needs evaluations"),
+        ("serving.max_length=999", "convert", "serving.max_length: 999 is more than the model's 256 positions"),
+    ],
+)
+def test_what_only_some_stages_read_is_checked_where_these_run(override: str, stage: str, message: str) -> None:
+    config = demo("all=[prefetch, sft]", override)
+    check_selected(config, ["sft"])
+    for fault in (lambda: check_selected(config, [stage]), lambda: demo(f"all=[prefetch, {stage}]", override)):
+        with pytest.raises(UserError) as caught:
+            fault()
+        assert str(caught.value).startswith(message)
+
+
+def test_adapters_need_a_stage_that_trains_them(tmp_path: Path) -> None:
+    check_selected(demo("all=[prefetch, sft]", "model.lora.rank=4"), ["train"])
+    with pytest.raises(UserError, match=r"^model\.lora\.rank: adapters are PPO's, and the stage train is not among"):
+        settings = ["--set", "model.lora.rank=4", "--set", "all=[prefetch, sft]"]
+        submit.main(["--preset", "demo", "--run-dir", str(tmp_path / "run"), "--dry-run", *settings])
 
 
 def test_only_the_method_that_trains_is_checked() -> None:

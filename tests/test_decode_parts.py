@@ -68,6 +68,48 @@ def test_attention_in_segments_is_the_same_attention(kind: str) -> None:
         torch.testing.assert_close(pieces[0, 0], split.trunk(ids)[0, -1], atol=1e-6, rtol=1e-5)
 
 
+# On a CPU autocast cannot run GPT-2's trunk in bfloat16.
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [(kind, layers) for kind in ARCHITECTURES for layers in (1, -1) if (kind, layers) != ("gpt2", 1)],
+)
+def test_under_autocast_the_cache_has_the_type_that_attention_computes_in(
+    kind: str, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A float32 top over a bfloat16 trunk, and a model that is float32 throughout: its keys leave the rotation in
+    float32, beside values in bfloat16, but are rounded where they meet the queries. A cache as wide as the keys gives
+    the very same answers."""
+    split = split_model(tiny_model(kind, spread=3.0).to(torch.bfloat16), layers)
+    for parameter in split.top.parameters():
+        parameter.data = parameter.data.float()
+    types: set[torch.dtype] = set()
+    real = SlotCache.store
+
+    def store(cache: SlotCache, layer: int, like: torch.Tensor) -> torch.Tensor:
+        kept = real(cache, layer, like)
+        types.add(kept.dtype)
+        return kept
+
+    def wide(cache: SlotCache, layer: int, like: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return store(cache, layer, like)
+
+    def answers() -> list[tuple[list[int], list[float]]]:
+        prompts, stops = [[5, 6, 7], [8], [9, 10]], StopSequences(tokenizer(), [])
+        with torch.autocast("cpu", torch.bfloat16):
+            found = decode(split, prompts, Generate(max_new_tokens=6), stops, -1, torch.Generator().manual_seed(0))
+        return [(response.tokens, response.logprobs.tolist()) for response in found]
+
+    monkeypatch.setattr(SlotCache, "store", store)
+    narrow = answers()
+    assert types == {torch.bfloat16}
+    types.clear()
+    monkeypatch.setattr(SlotCache, "store", wide)
+    assert answers() == narrow
+    rotated = layers == -1 and kind not in ("gpt2", "gptj")  # GPT-J rounds its keys itself
+    assert types == {torch.float32 if rotated else torch.bfloat16}
+
+
 class Identity(torch.nn.Module):
     """The trunk of a model whose every layer is trained: what it says of an id is the id."""
 

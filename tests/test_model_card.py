@@ -222,7 +222,9 @@ def test_of_a_run_that_ends_in_a_reward_model_that_is_pushed(
     publish.push_if_asked(run, settings, "reward-model", run.artifact("reward-model", "model"))
     assert hub.files.pop("config.json") == b'"reward-model"'
     assert push.main([str(run.root)]) == 0 and hub.files == {"config.json": b'"reward-model"'}
-    with pytest.raises(UserError, match="--best: the stage reward-model keeps no best model beside its last one"):
+    with pytest.raises(
+        UserError, match=r"--best: the stage reward-model kept no best model \(reward_model\.save_best\); leave it out"
+    ):
         push.main([str(run.root), "--best"])
 
 

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from pipeline.config.methods import PPO
 from pipeline.training.advantages import ESTIMATORS, grpo, rloo
+from pipeline.training.baselines import cancel
+from pipeline.training.control import RunningMoments, scale_of
+from pipeline.training.dense import Scores, shaped
 from pipeline.training.losses import SUMS, Tokens, ppo_loss
 from pipeline.training.microbatches import Limits
 from pipeline.training.prompts import all_prompts, phase_prompts
@@ -152,6 +155,45 @@ def test_a_groups_answers_are_compared_by_score_less_kl(exp: Experience, kind: s
             expected = (returns[row] - statistics.fmean(group)) / statistics.stdev(group)
         assert found == pytest.approx([expected] * exp.packing.lengths[row], abs=1e-4)
     assert "values/explained_variance" not in targets.figures
+
+
+BASELINES = [0.7, -2.5]
+"""Of two prompts, with four answers each."""
+
+
+def shaped_targets(exp: Experience, ppo: PPO, baselines: list[float]) -> Tensor:
+    """A phase's advantages where scores are measured from these."""
+    scores = [
+        shaped(Scores(score, []), baselines[row // 4], ppo.cliprange_reward, penalty=0.5 * (row == 3)).whole
+        for row, score in enumerate(SCORES)
+    ]
+    scale = scale_of(ppo.scale_reward, ppo.ref_std, RunningMoments().updated(scores))
+    return targets_of(exp, [score / scale for score in scores], 0.1, ppo, ALONE).advantages
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+@pytest.mark.parametrize(
+    ("more", "cancels"),
+    [
+        ({"scale_reward": "none", "cliprange_reward": None}, True),
+        ({"scale_reward": "ref", "ref_std": 0.5, "cliprange_reward": None}, True),
+        ({"scale_reward": "none", "cliprange_reward": 1.5}, False),  # a delta of 1 + 2.5 is cut, one of -1 + 2.5 is not
+        ({"scale_reward": "running", "cliprange_reward": None}, False),
+    ],
+)
+def test_baselines_cancel_exactly_where_that_is_said(
+    exp: Experience, kind: str, more: dict[str, object], cancels: bool
+) -> None:
+    ppo = settings(advantage=kind, group_size=4, **more)
+    assert cancel(ppo) is cancels
+    with_them, without = shaped_targets(exp, ppo, BASELINES), shaped_targets(exp, ppo, [0.0, 0.0])
+    assert torch.allclose(with_them, without, atol=1e-5) is cancels
+
+
+def test_a_value_function_learns_from_the_baselines(exp: Experience) -> None:
+    ppo = settings(scale_reward="none", cliprange_reward=None)
+    assert not cancel(ppo)
+    assert not torch.allclose(shaped_targets(exp, ppo, BASELINES), shaped_targets(exp, ppo, [0.0, 0.0]), atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])

@@ -88,10 +88,12 @@ def test_a_paused_phase_goes_on_to_the_same_weights(limit: float | None) -> None
 def test_critic_warm_up_moves_nothing_of_the_policy(warm: int) -> None:
     """AdamW with a weight decay of 0.5, which would move every weight that is stepped."""
     before = phase(split_model(tiny_model(spread=3.0), 1), WHOLE)[0].state_dict()
-    weights, _ = trained(WHOLE, settings(critic_warmup_steps=warm), steps=2, adam=True)
+    weights, row = trained(WHOLE, settings(critic_warmup_steps=warm), steps=2, adam=True)
     moved = {name for name, weight in weights.items() if not torch.equal(weight, before[name])}
     assert "value.2.weight" in moved
     assert any(name.startswith("top.") for name in moved) is (warm < 2)
+    # The rates of the second step: the policy's, and the value function's.
+    assert (row["learning_rate_group_0"], row["learning_rate_group_1"]) == (0.0 if warm >= 2 else 0.01, 0.01)
 
 
 def test_behind_the_warm_up_the_policy_is_stepped_as_by_a_fresh_optimiser() -> None:

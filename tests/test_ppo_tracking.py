@@ -48,7 +48,7 @@ from pipeline.training.tracking import start_tracker, tracker_of
 config = resolve({"train": {"tracker": "wandb"}})
 folder = Path(os.environ["HOME"]) / "tracker"
 accelerator = make_accelerator(1, tracker_of(config), folder)
-start_tracker(accelerator, config, folder, "a-run", "0123456789abcdef")
+start_tracker(accelerator, config, ["ppo"], folder, "a-run", "0123456789abcdef")
 accelerator.log({"reward": 1.0}, step=3)
 accelerator.end_training()
 """
@@ -69,6 +69,21 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     assert tracking.tracker_of(resolve({"train": {"tracker": "none"}})) is None
 
 
+def test_a_tracker_is_told_what_the_training_follows_by_the_settings_names() -> None:
+    from pipeline.config.load import resolve
+    from pipeline.training.model_card import sections_of
+
+    config = resolve({"train": {"method": "ilql"}, "sft": {"lr": 0.5}, "ilql": {"betas": [1, 4]}})
+    sft = tracking.shown_settings(config, ["sft"])
+    assert sft["sft.lr"] == 0.5 and sft["preset"] == "custom" and sft["seed"] == 1000
+    assert all(name.startswith("sft.") for name in sft.keys() - {"preset", "seed"})
+    assert "sft.eval_interval" not in sft  # it is not set
+
+    ilql = tracking.shown_settings(config, sections_of("ilql"))
+    assert ilql["ilql.betas"] == "[1.0, 4.0]" and ilql["model.lora.rank"] == 0 and ilql["optimizer.lr"] == 8e-6
+    assert not any(name.startswith(("ppo.", "sft.")) for name in ilql) and "train.tracker" not in ilql
+
+
 def test_tensorboard_holds_the_numbers_and_forgets_what_is_done_again(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from accelerate.state import AcceleratorState, GradientState
@@ -85,7 +100,7 @@ def test_tensorboard_holds_the_numbers_and_forgets_what_is_done_again(tmp_path: 
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         accelerator = make_accelerator(1, tracking.tracker_of(config), tmp_path)
-        tracking.start_tracker(accelerator, config, tmp_path, "a-run", "0123456789abcdef")
+        tracking.start_tracker(accelerator, config, ["ppo", "generate"], tmp_path, "a-run", "0123456789abcdef")
         if resumed:
             tracking.go_on_from(accelerator, min(steps))
         for step, reward in steps.items():

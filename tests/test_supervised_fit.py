@@ -20,7 +20,7 @@ from pipeline.training import checkpoint, supervised
 from pipeline.training import fit as loop
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.checkpoint_files import MANIFEST, all_checkpoints
-from pipeline.training.fit import Course, Fit, Hooks, Keeping, fit
+from pipeline.training.fit import Course, Fit, Hooks, Keeping, Loop
 from pipeline.training.metrics import read_rows
 from pipeline.training.ranks import Ranks
 from pipeline.training.sft import Dialogue
@@ -52,7 +52,7 @@ def train(folder: Path, hooks: Hooks) -> Fit:
     course = Course(
         total_steps=4, batch_size=3, seed=0, rate=lambda step: 0.0, max_grad_norm=100.0, checkpoint_interval=2
     )
-    return fit(accelerator, ALONE, wrapped, optimizer, task, DIALOGUES, course, keeping, hooks)
+    return Loop(accelerator, ALONE, wrapped, optimizer, task, DIALOGUES, course, keeping, hooks).run()
 
 
 def test_a_step_that_fp16_leaves_out_is_counted_and_calls_no_hook(

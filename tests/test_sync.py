@@ -34,7 +34,7 @@ from pipeline.training.tracking import run_id, start_tracker, tracker_of
 config = resolve({"train": {"tracker": "wandb"}})
 folder = Path(%r)
 accelerator = make_accelerator(1, tracker_of(config), folder / "tracker")
-start_tracker(accelerator, config, folder / "tracker", folder.name, run_id(folder, "f00d"))
+start_tracker(accelerator, config, ["ppo"], folder / "tracker", folder.name, run_id(folder, "f00d"))
 for step in %r:
     accelerator.log({"reward": step / 10}, step=step)
 accelerator.end_training()

@@ -109,8 +109,9 @@ def test_a_critic_is_trained_in_full_at_a_rate_of_its_own(tmp_path: Path) -> Non
     targets = targets_of(exp, SCORES, 0.05, settings(), ALONE)
     trainer = updater(policy, settings())
     trainer.optimizer.param_groups[0][RATE] = 0.5
-    trainer.run(exp, targets, plans, 0, 4)
-    assert trainer.optimizer.param_groups[0]["lr"] == 0.05
+    _, row = trainer.run(exp, targets, plans, 0, 4)
+    assert trainer.optimizer.param_groups[0]["lr"] == row["learning_rate_group_0"] == 0.05
+    assert trainer.optimizer.param_groups[1]["lr"] == row["learning_rate_group_1"] == 0.1
     moved = {name for name, weight in policy.named_parameters() if not torch.equal(weight, before[name])}
     dead = {name for name in before if name.endswith("key_value.bias")}
     assert {name for name in before if name.startswith("critic.")} - dead <= moved

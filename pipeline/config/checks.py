@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.check_losses import check_losses
 from pipeline.config.check_methods import check_ilql, check_ppo
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
+    from pipeline.config.methods import Supervised
     from pipeline.config.schema import Config
+
+SAMPLING = frozenset({"train", "evaluate"})
+"""Stages that sample answers."""
+SCORING = frozenset({"reward-model", "convert", "serve", *SAMPLING})
+"""Stages that make or ask the model that scores them."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +35,8 @@ class ModelSize:
 
 def check_sizes(config: Config) -> None:
     """Refuse sizes that cannot work together, before any job is submitted."""
-    _check_model(config)
+    _check_embedded(config)
     _check_placement(config)
-    _check_precision(config)
     if config.serving.flavour == "torchscript" and config.sandbox.engine in ("venv", "none"):
         raise ValueError(
             f"serving.flavour: torchscript is served by a container image, not by sandbox.engine = "
@@ -37,15 +44,41 @@ def check_sizes(config: Config) -> None:
         )
     if config.serving.attention == "flash_attention_2" and config.serving.dtype == "float32":
         raise ValueError("serving.attention: flash_attention_2 computes in 16 bits only; use auto, or another dtype")
+    for sequence in config.generate.stop_sequences:
+        if not sequence:
+            raise ValueError("generate.stop_sequences: an empty stop sequence would end every response; remove it")
+    _check_stages(config, frozenset(config.all))
+
+
+def check_selected(config: Config, selected: Collection[str]) -> None:
+    """The same of the stages that are asked for outside `all`; and adapters need one that trains them. UserError."""
+    stages = frozenset(config.all) | frozenset(selected)
+    try:
+        _check_stages(config, stages)
+    except ValueError as fault:
+        raise UserError(str(fault)) from None
+    if config.model.lora.rank and "train" not in stages:
+        raise UserError(
+            "model.lora.rank: adapters are PPO's, and the stage train is not among those to run; leave it out"
+        )
+
+
+def _check_stages(config: Config, stages: Collection[str]) -> None:
+    """What only some stages read is checked only where these are part of the run."""
+    trained: list[tuple[str, Supervised]] = [("sft", config.sft)] if "sft" in stages else []
+    if "reward-model" in stages and config.reward_model.checkpoint is None:
+        trained.append(("reward_model", config.reward_model))
+    _check_precision(trained)
+    _check_best(trained)
+    _check_model(config, stages)
     generate, train = config.generate, config.train
-    if train.seq_length <= generate.max_new_tokens:
+    if not SAMPLING.isdisjoint(stages) and train.seq_length <= generate.max_new_tokens:
         raise ValueError(
             f"train.seq_length: {train.seq_length} leaves no room for a prompt beside generate.max_new_tokens = "
             f"{generate.max_new_tokens}; raise the first or lower the second"
         )
-    for sequence in generate.stop_sequences:
-        if not sequence:
-            raise ValueError("generate.stop_sequences: an empty stop sequence would end every response; remove it")
+    if "train" not in stages:
+        return
     if train.method == "ppo":
         check_ppo(config.ppo, train.batch_size)
         check_losses(config.ppo, train.total_steps)
@@ -57,15 +90,24 @@ def check_sizes(config: Config) -> None:
             )
 
 
-def _check_precision(config: Config) -> None:
+def _check_precision(trained: Sequence[tuple[str, Supervised]]) -> None:
     """DeepSpeed's configs are named by the precision that they are for."""
-    for section, settings in (("sft", config.sft), ("reward_model", config.reward_model)):
+    for section, settings in trained:
         name, precision = settings.accelerate_config, settings.mixed_precision
         said = name.rpartition("-")[2]
         if said in ("bf16", "fp16") and said != precision:
             raise ValueError(
                 f"{section}.accelerate_config: {name} computes in {said}, not in {section}.mixed_precision = "
                 f'"{precision}"; change one of them'
+            )
+
+
+def _check_best(trained: Sequence[tuple[str, Supervised]]) -> None:
+    """The best of one evaluation is the last."""
+    for section, settings in trained:
+        if settings.save_best and settings.eval_interval is None:
+            raise ValueError(
+                f"{section}.save_best: needs evaluations to choose from; set {section}.eval_interval, or leave it out"
             )
 
 
@@ -99,21 +141,29 @@ def _check_placement(config: Config) -> None:
         )
 
 
-def _check_model(config: Config) -> None:
-    """Refuse lengths and layers that the model does not have, as far as they are known before anything is fetched."""
+def _check_embedded(config: Config) -> None:
     embedded = config.model.embedded
     if config.model.path == "embedded" and embedded.hidden_size % embedded.num_heads:
         raise ValueError(
             f"model.embedded.hidden_size: {embedded.hidden_size} is not a multiple of "
             f"model.embedded.num_heads = {embedded.num_heads}; change one of them"
         )
+
+
+def _check_model(config: Config, stages: Collection[str]) -> None:
+    """Refuse lengths and layers that the model does not have, as far as they are known before anything is fetched."""
     size = _policy_size(config)
-    _check_layers(config.model.num_layers_unfrozen, size)
-    lengths = {"train.seq_length": config.train.seq_length, "sft.max_length": config.sft.max_length}
-    rewards = {"serving.max_length": config.serving.max_length}
+    if "train" in stages:
+        _check_layers(config.model.num_layers_unfrozen, size)
+    lengths = {"train.seq_length": config.train.seq_length} if not SAMPLING.isdisjoint(stages) else {}
+    if "sft" in stages:
+        lengths["sft.max_length"] = config.sft.max_length
+    rewards = {"serving.max_length": config.serving.max_length} if not SCORING.isdisjoint(stages) else {}
     if config.reward_model.checkpoint is None:  # the reward model is trained from the policy's base
-        lengths |= {"reward_model.max_length": config.reward_model.max_length, **rewards}
-    else:
+        if "reward-model" in stages:
+            lengths["reward_model.max_length"] = config.reward_model.max_length
+        lengths |= rewards
+    elif rewards:
         _check_lengths(rewards, _folder_size("reward_model.checkpoint", config.reward_model.checkpoint))
     _check_lengths(lengths, size)
 

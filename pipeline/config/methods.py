@@ -48,6 +48,9 @@ class Supervised(Section):
     """Optimiser steps between checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
     """How many of the latest checkpoints stay on disk."""
+    save_best: bool = False
+    """Keep the model of the lowest held-out loss beside the last one, and let all that reads the stage's model take
+    that; needs eval_interval."""
 
 
 class SFT(Supervised):
@@ -76,6 +79,9 @@ class RewardModel(Supervised):
     tokenizer."""
     checkpoint_base_revision: str | None = Field(None, min_length=1)
     """As `revision`, of `checkpoint_base`."""
+    max_length: int = Field(1024, ge=4)
+    """Tokens of a pair's prompt and longer answer together; a longer prompt loses its beginning, and a pair of which an
+    answer would be cut, or no prompt be left, is dropped: their rewards would be those of other texts."""
     base: Literal["sft", "model"] = "sft"
     """What training starts from: the SFT model or the base model."""
     center: float = Field(0.0, ge=0)
@@ -112,8 +118,9 @@ class PPO(Section):
     """Divide scores by their running standard deviation, by ref_std, or not at all."""
     ref_std: float | None = Field(None, gt=0)
     """The standard deviation that "ref" divides by, in reward units."""
-    cliprange_reward: float = Field(10.0, gt=0)
-    """Scores (their deltas, with delta_reward) are clipped to plus or minus this before they are scaled."""
+    cliprange_reward: float | None = Field(10.0, gt=0)
+    """Scores (their deltas, with delta_reward) are clipped to plus or minus this before they are scaled; None clips
+    nothing."""
     advantage: Literal["gae", "rloo", "grpo"] = "gae"
     """How advantages are estimated: by a value function, or from the other answers to the same prompt (RLOO,
     arXiv:2402.14740; GRPO, arXiv:2402.03300)."""
@@ -142,7 +149,8 @@ class PPO(Section):
     """Score every so many tokens of an answer as well, and pay the reward's increments where they arise; 0 scores the
     whole answer only."""
     delta_reward: bool = True
-    """Subtract the reward of the data set's own answer to the same prompt."""
+    """Subtract the reward of the data set's own answer to the same prompt. Training prompts' are not asked for where
+    they cancel: with "rloo" or "grpo", cliprange_reward null, and scale_reward "ref" or "none"."""
 
 
 class ILQL(Section):

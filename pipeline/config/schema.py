@@ -37,7 +37,7 @@ class LoRA(Section):
     """Low-rank adapters on the trained layers (Hu et al. 2021, arXiv:2106.09685); they are merged into the result."""
 
     rank: int = Field(0, ge=0)
-    """Rank of the adapters; 0 trains the weights themselves."""
+    """Rank of the adapters, which PPO alone trains; 0 trains the weights themselves."""
     alpha: float = Field(16.0, gt=0)
     """The adapters' output is scaled by alpha / rank."""
     targets: tuple[Text, ...] = ()

@@ -116,20 +116,35 @@ def base_model_path(run: RunDir, config: Config) -> Path:
 
 def policy_start_path(run: RunDir, config: Config) -> Path:
     """What PPO starts from: the SFT model where the run has that stage, else the base model."""
-    return run.artifact("sft", "model") if "sft" in config.all else base_model_path(run, config)
+    return supervised_model(run, "sft") if "sft" in config.all else base_model_path(run, config)
+
+
+def supervised_model(run: RunDir, stage: str) -> Path:
+    """The model of `sft` or `reward-model` that goes on to what follows: the best where it was kept, else the last.
+
+    What the stage made decides, and not the configuration, which may have changed since: what a later stage takes is
+    then a function of the inputs in its fingerprint.
+    """
+    return run.artifact(stage, "best" if keeps_best(run, stage) else "model")
+
+
+def keeps_best(run: RunDir, stage: str) -> bool:
+    """Whether a finished stage has the artifact "best" beside what its training ended in."""
+    outputs = run.outputs(stage)
+    return outputs is not None and "best" in outputs.artifacts
 
 
 def compared_paths(run: RunDir, config: Config) -> tuple[Path, Path]:
     """(start, trained) of the evaluation: of a run without the stage `train`, the base model and its SFT."""
     if "train" in config.all:
         return policy_start_path(run, config), run.artifact("train", "policy")
-    return base_model_path(run, config), run.artifact("sft", "model")
+    return base_model_path(run, config), supervised_model(run, "sft")
 
 
 def reward_model_path(run: RunDir, config: Config) -> Path:
     """The reward model: what this run trained, or a checkpoint in any layout that conversion reads."""
     if config.reward_model.checkpoint is None:
-        return run.artifact("reward-model", "model")
+        return supervised_model(run, "reward-model")
     return _source(run, config, "reward_model")
 
 

@@ -242,11 +242,13 @@ def _record(
 
 
 def link_artifacts(run: RunDir, stage: str, artifacts: Mapping[str, Artifact]) -> None:
-    """Show a finished stage's artifacts at the top of the run directory."""
+    """Show a finished stage's artifacts at the top of the run directory; of an SFT or reward model what goes on."""
     for name, artifact in artifacts.items():
-        link = f"models/{stage}" if name == "model" else _LINKS.get(name)
+        link, shown = _LINKS.get(name), artifact
+        if name == "model":
+            link, shown = f"models/{stage}", artifacts.get("best", artifact)
         if link:
-            atomic.replace_symlink(run.root / link, run.root / artifact.path)
+            atomic.replace_symlink(run.root / link, run.root / shown.path)
 
 
 def prune(run: RunDir, stage: str, keep: int) -> None:

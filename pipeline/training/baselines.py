@@ -19,6 +19,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config.check_methods import GROUPED
+from pipeline.config.methods import PPO
 from pipeline.data.preferences import Preference
 from pipeline.run import atomic
 from pipeline.run.hashing import fingerprint
@@ -94,6 +96,16 @@ def baseline_scores(
     for part in ranks.gather(scores):
         known.update(part)
     return {rows[place]: known[keys[place]] for place in places}
+
+
+def cancel(ppo: PPO) -> bool:
+    """Whether no advantage depends on what a prompt's scores are measured from, so that nobody needs to know it.
+
+    RLOO and GRPO compare the returns of one prompt's answers, and all of them are short of the same baseline. Two
+    things come between: a limit on the delta, which cuts one answer's off and not another's, and the running standard
+    deviation of the deltas of all prompts, which the baselines are part of.
+    """
+    return ppo.advantage in GROUPED and ppo.cliprange_reward is None and ppo.scale_reward != "running"
 
 
 def content_key(tokens: Sequence[int]) -> str:

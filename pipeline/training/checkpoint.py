@@ -4,7 +4,7 @@ checkpoints/<fingerprint>/step-00000096/   weights of the trainable part, optimi
                                            middle of a phase; state.json (everything else) and manifest.json (size,
                                            SHA-256 by file)
 checkpoints/<fingerprint>/latest           link to the newest
-checkpoints/<fingerprint>/best-00000048/   weights of the best held-out reward; `best` is a link to it
+checkpoints/<fingerprint>/best-00000048/   weights of the best held-out reward, or loss; `best` is a link to it
 checkpoints/<fingerprint>/metrics.jsonl    the trainer's rows; a resume drops those beyond the checkpoint
 
 The state is copied to host memory; writing, hashing and syncing the copy goes on in the background, if asked to.
@@ -55,7 +55,7 @@ _EXTRA = "phase_{}.bin"
 _PATIENCE_S = 300.0
 """For what a training that failed was still writing."""
 _AT_ONCE = 2
-"""Saves whose copies may be in memory together: a checkpoint's and a best policy's."""
+"""Saves whose copies may be in memory together: a checkpoint's and a best model's."""
 
 
 class Checkpoints:
@@ -103,14 +103,13 @@ class Checkpoints:
             files[_EXTRA.format(self._ranks.rank)] = copies(extra)
         self._write(target, unfinished, files, {**state, "step": step, "processes": self._ranks.world})
 
-    def save_best(self, accelerator: Accelerator, step: int, reward: float) -> None:
-        """Keep the weights as they are now as those of the best held-out reward."""
+    def save_best(self, accelerator: Accelerator, step: int, figure: float) -> None:
+        """Keep the weights as they are now as those of the best held-out `figure`, a reward or a loss."""
         target = self.folder / f"{BEST}{step:08d}"
         unfinished = self._open(target)
         if unfinished is not None:
-            self._write(
-                target, unfinished, best_weights(accelerator, self._ranks.rank), {"step": step, "reward": reward}
-            )
+            files = best_weights(accelerator, self._ranks.rank)
+            self._write(target, unfinished, files, {"step": step, "figure": figure})
 
     def load(self, accelerator: Accelerator) -> dict[str, Any] | None:
         """Load the newest intact checkpoint and return its state; None where there is none."""

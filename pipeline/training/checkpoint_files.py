@@ -30,7 +30,7 @@ class AbandonedError(Exception):
 
 
 def all_checkpoints(folder: Path, prefix: str = PREFIX) -> list[Path]:
-    """Finished checkpoints, oldest first; with the prefix `BEST` the best policies'."""
+    """Finished checkpoints, oldest first; with the prefix `BEST` the best models'."""
     return sorted(path for path in folder.glob(f"{prefix}*") if path.name[len(prefix) :].isdigit())
 
 
@@ -77,21 +77,27 @@ def is_intact(path: Path) -> bool:
 
 
 def rotate(folder: Path, newest: Path, keep: int) -> None:
-    """Remove the oldest checkpoints beyond `keep`, and the best policies that no checkpoint that stays knows of.
+    """Remove the oldest checkpoints beyond `keep`, and the best models that no checkpoint that stays knows of.
 
-    `newest`, which was just made, stays in any case. So does every best policy behind the best that it knows of: a
+    `newest`, which was just made, stays in any case. So does every best model behind the best that it knows of: a
     later checkpoint will know of that.
     """
     others = [path for path in all_checkpoints(folder) if path != newest]
     for old in others[: max(0, len(others) - keep + 1)]:
         shutil.rmtree(old)
-    states = [atomic.read_json(path / STATE) or {} for path in all_checkpoints(folder)]
-    known = {state.get("best_step") for state in states}
-    latest = (atomic.read_json(newest / STATE) or {}).get("best_step") or 0
+    known = {_best_step(path) for path in all_checkpoints(folder)}
+    latest = _best_step(newest) or 0
     for path in all_checkpoints(folder, BEST):
         step = int(path.name[len(BEST) :])
         if step < latest and step not in known:
             shutil.rmtree(path)
+
+
+def _best_step(checkpoint: Path) -> int | None:
+    """The best step that a checkpoint knows of; the supervised loop has it among what its method adds."""
+    state: dict[str, Any] = atomic.read_json(checkpoint / STATE) or {}
+    step: int | None = {**state.get("extra", {}), **state}.get("best_step")
+    return step
 
 
 def _durable(folder: Path, names: list[str]) -> Manifest:

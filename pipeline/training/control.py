@@ -61,8 +61,10 @@ class RunningMoments:
         return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 and self.squares > 0 else 1.0
 
 
-def clip_scores(scores: Sequence[float], limit: float) -> list[float]:
-    """Scores within +-limit: what a reward model says about text far from its training data is not trusted."""
+def clip_scores(scores: Sequence[float], limit: float | None) -> list[float]:
+    """Scores within +-limit, if any: what a reward model says about text far from its training data is not trusted."""
+    if limit is None:
+        return list(scores)
     return [min(max(score, -limit), limit) for score in scores]
 
 

@@ -28,11 +28,18 @@ def parameter_groups(policy: nn.Module, critic: nn.Module, critic_rate: float = 
     return [group for group in groups if group["params"]]
 
 
+def rates_of(optimizer: Any, rate: float, critic_alone: bool) -> list[float]:
+    """Each group's learning rate in a step for which the schedule says `rate`."""
+    return [
+        0.0 if critic_alone and group.get(NAME) == POLICY else rate * group.get(RATE, 1.0)
+        for group in optimizer.param_groups
+    ]
+
+
 def set_rates(optimizer: Any, rate: float, critic_alone: bool) -> None:
     """The learning rates of the next step."""
-    for group in optimizer.param_groups:
-        waits = critic_alone and group.get(NAME) == POLICY
-        group["lr"] = 0.0 if waits else rate * group.get(RATE, 1.0)
+    for group, its_rate in zip(optimizer.param_groups, rates_of(optimizer, rate, critic_alone), strict=True):
+        group["lr"] = its_rate
 
 
 def begin_policy(optimizer: Any) -> None:

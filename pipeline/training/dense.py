@@ -52,8 +52,8 @@ def scores_of(responses: Sequence[Response], scores: Sequence[float], every: int
     return result
 
 
-def shaped(scores: Scores, baseline: float, limit: float, penalty: float) -> Scores:
-    """Less the baseline, and clipped to +-limit: beginnings like the whole, so that they go on to its score.
+def shaped(scores: Scores, baseline: float, limit: float | None, penalty: float) -> Scores:
+    """Less the baseline, and clipped to +-limit, if any: beginnings like the whole, so that they go on to its score.
 
     The penalty of a response that did not end is no reward model's word: it is subtracted behind the clipping, from
     the whole.

@@ -118,50 +118,35 @@ class Fit:
         }
 
 
-def fit(
-    accelerator: Accelerator,
-    ranks: Ranks,
-    wrapped: nn.Module,
-    optimizer: Any,
-    task: Task[E],
-    examples: Sequence[E],
-    course: Course,
-    keeping: Keeping,
-    hooks: Hooks | None = None,
-) -> Fit:
-    """Train `wrapped` (with its optimiser, as accelerate prepared them) in place, from its newest checkpoint if any.
+@dataclass
+class Loop(Generic[E]):
+    """Trains `wrapped`, with its optimiser as accelerate prepared them, in place, from its newest checkpoint if any."""
 
-    Per optimiser step the gradient is that of the mean over all ranks' terms, clipped. Returns early, saved and not
-    complete, when asked to stop. UserError when a loss is not finite.
-    """
-    loop = _Loop(accelerator, ranks, wrapped, optimizer, task, examples, course, keeping, hooks or Hooks())
-    with keeping.checkpoints.finishing():
-        return loop.run()
-
-
-class _Loop(Generic[E]):
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        ranks: Ranks,
-        wrapped: nn.Module,
-        optimizer: Any,
-        task: Task[E],
-        examples: Sequence[E],
-        course: Course,
-        keeping: Keeping,
-        hooks: Hooks,
-    ) -> None:
-        self.accelerator, self.ranks, self.wrapped, self.optimizer = accelerator, ranks, wrapped, optimizer
-        self.task, self.examples, self.course, self.keeping, self.hooks = task, examples, course, keeping, hooks
-        self.state = Fit()
-        self._fresh: list[Tensor] = []
-        """This rank's vectors of the steps that are not summed over ranks yet."""
-        self._epoch: tuple[int, list[list[int]]] | None = None
-        self._clock = self._row_clock = time.monotonic()
-        self._saved = -1
+    accelerator: Accelerator
+    ranks: Ranks
+    wrapped: nn.Module
+    optimizer: Any
+    task: Task[E]
+    examples: Sequence[E]
+    course: Course
+    keeping: Keeping
+    hooks: Hooks = field(default_factory=Hooks)
+    state: Fit = field(default_factory=Fit, init=False)
+    _fresh: list[Tensor] = field(default_factory=list, init=False)
+    """This rank's vectors of the steps that are not summed over ranks yet."""
+    _epoch: tuple[int, list[list[int]]] | None = field(default=None, init=False)
+    _clock: float = field(default=0.0, init=False)
+    _row_clock: float = field(default=0.0, init=False)
+    _saved: int = field(default=-1, init=False)
 
     def run(self) -> Fit:
+        """Per optimiser step the gradient is that of the mean over all ranks' terms, clipped. Returns early, saved and
+        not complete, when asked to stop. UserError when a loss is not finite."""
+        self._clock = self._row_clock = time.monotonic()
+        with self.keeping.checkpoints.finishing():
+            return self._run()
+
+    def _run(self) -> Fit:
         course, state = self.course, self._resume()
         self.wrapped.train()
         if state.step == 0 and course.eval_interval is not None:

@@ -35,14 +35,14 @@ from pipeline.training.baselines import baseline_scores
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.checkpoint_files import STATE, all_checkpoints
 from pipeline.training.distributed import compute_dtype
-from pipeline.training.fit import Course, Fit, Hooks, Keeping, fit
+from pipeline.training.fit import Course, Fit, Hooks, Keeping, Loop
 from pipeline.training.ilql_assemble import load_split, make_module, prepare, refuse_sharded_weights, repeat_on_cpu
 from pipeline.training.ilql_data import Trajectory, collate, make_trajectories
 from pipeline.training.ilql_evaluation import Evaluation
 from pipeline.training.ilql_model import statistic_names
 from pipeline.training.ilql_output import decoding_beta, save_heads
 from pipeline.training.metrics import read_rows
-from pipeline.training.model_card import Card, write_card, write_generation_config
+from pipeline.training.model_card import Card, sections_of, write_card, write_generation_config
 from pipeline.training.models import check_positions
 from pipeline.training.ppo import checkpoints_name, quiet_libraries
 from pipeline.training.ranks import Ranks, make_accelerator
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     repeat_on_cpu(accelerator)
     ranks = Ranks(accelerator.process_index, accelerator.num_processes, accelerator.device)
     name = checkpoints_name(run, config, ranks)
-    start_tracker(accelerator, config, run.tracker, run.root.name, run_id(run.root, name))
+    start_tracker(accelerator, config, sections_of("ilql"), run.tracker, run.root.name, run_id(run.root, name))
     if not ranks.first:
         logging.getLogger().setLevel(logging.WARNING)
     folder = run.checkpoints / name
@@ -182,7 +182,7 @@ class Training:
             checkpoint_interval=config.train.checkpoint_interval,
         )
         hooks = Hooks(after_step=self.module.after_step, evaluate=self.evaluation.evaluate, extra=self.best)
-        return fit(
+        loop = Loop(
             self.accelerator,
             self.ranks,
             self.wrapped,
@@ -193,6 +193,7 @@ class Training:
             self.keeping,
             hooks,
         )
+        return loop.run()
 
     def save(self, folder: Path) -> None:
         """Write the language model, in one dtype, its tokenizer and the heads; to be called by every rank."""
@@ -213,7 +214,7 @@ class Training:
         reward_model = Path(checkpoint).name if checkpoint else "trained in the same run"
         card = Card(
             method="ILQL",
-            sections=("model", "ilql", "train", "generate", "optimizer", "scheduler"),
+            sections=sections_of("ilql"),
             figures=values,
             start="its supervised fine-tuning on the same data" if "sft" in self.config.all else None,
             reward_model=f"{reward_model} (SHA-256 {identity})" if identity else reward_model,

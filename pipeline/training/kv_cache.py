@@ -54,9 +54,16 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers has no types
             self._store[:, :, target, :, :length] = self._store[:, :, source, :, :length]
 
     def store(self, layer: int, like: Tensor) -> Tensor:
-        """A layer's (2, rows, heads, length, D): keys and values."""
+        """A layer's (2, rows, heads, length, D): keys and values.
+
+        Under autocast they are kept in its type, which attention rounds them to anyhow: rotary positions leave the keys
+        of a float32 stream in float32, and each step would read them twice as wide, and round all of them again.
+        """
         if self._store is None:
             _, heads, _, size = like.shape
+            kind = like.device.type
+            if torch.is_autocast_enabled(kind):
+                like = like.to(torch.get_autocast_dtype(kind))
             self._store = _zeros((len(self.layers), 2, self._rows, heads, self._length, size), like)
         return self._store[layer]
 
@@ -87,7 +94,7 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
                 kept[cache.first : cache.first + rows, :, :length] = new
             return key_states, value_states
         for kept, new in ((self.keys, key_states), (self.values, value_states)):
-            kept[cache.slots, :, cache.positions] = new[:, :, 0]
+            kept[cache.slots, :, cache.positions] = new[:, :, 0].to(kept.dtype)
         return self.keys[:rows, :, : cache.width], self.values[:rows, :, : cache.width]
 
     def get_seq_length(self) -> int:

@@ -53,6 +53,11 @@ _LOADING = {
 }
 
 
+def sections_of(method: str) -> tuple[str, ...]:
+    """The sections of the configuration that a training of the stage `train` follows: "ppo" or "ilql"."""
+    return ("model", method, "train", "generate", "optimizer", "scheduler")
+
+
 @dataclass(frozen=True)
 class Card:
     """What a card says beside the configuration."""

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,20 +25,20 @@ from accelerate import Accelerator
 
 from pipeline.config.schema import Config
 from pipeline.config.training import KEPT_APART, SHOWN_APART
-from pipeline.data.preferences import read_split
+from pipeline.data.preferences import Preference, read_split
 from pipeline.data.publish import push_if_asked
 from pipeline.data.tokens import load_tokenizer, same_vocabulary
 from pipeline.run import atomic, hashing, sources
 from pipeline.run.directory import RunDir
 from pipeline.run.work import Progress, parse_work, write_result
 from pipeline.serving.model_store import reward_folder
+from pipeline.training import baselines
 from pipeline.training.assemble import load_policy, mean_baseline, prepare, save_policy
-from pipeline.training.baselines import baseline_scores
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.critic import check_critic, load_critic
 from pipeline.training.distributed import whole_weights
 from pipeline.training.metrics import read_rows
-from pipeline.training.model_card import Card, write_card, write_generation_config
+from pipeline.training.model_card import Card, sections_of, write_card, write_generation_config
 from pipeline.training.models import check_positions
 from pipeline.training.prompts import all_prompts
 from pipeline.training.ranks import Ranks, make_accelerator
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     accelerator = start_accelerator(run, config)
     ranks = Ranks(accelerator.process_index, accelerator.num_processes, accelerator.device)
     name = checkpoints_name(run, config, ranks)
-    start_tracker(accelerator, config, run.tracker, run.root.name, run_id(run.root, name))
+    start_tracker(accelerator, config, sections_of("ppo"), run.tracker, run.root.name, run_id(run.root, name))
     if not ranks.first:
         logging.getLogger().setLevel(logging.WARNING)
     progress = Progress(out, config.train.total_steps)
@@ -175,7 +176,8 @@ def manual_fingerprint(run: RunDir, config: Config) -> str:
 
 
 def load_data(run: RunDir, config: Config, sampler: Sampler, ranks: Ranks, progress: Progress) -> Data:
-    """Prompts, and the baselines of all that this training will use."""
+    """Prompts, and the baselines of all that this training will use: of the held-out prompts alone where those of
+    training cancel, since the held-out reward is reported."""
     train, heldout = read_split(run, "train"), read_split(run, "test")[: config.train.eval_prompts]
     if not config.ppo.delta_reward:
         return Data(train, heldout, None, None)
@@ -184,17 +186,20 @@ def load_data(run: RunDir, config: Config, sampler: Sampler, ranks: Ranks, progr
         if ranks.first:
             progress.update(0, note)
 
-    steps = 1 if config.ppo.max_update_kl else steps_per_phase(config)  # a phase that ends early has at least one
-    phases = -(-config.train.total_steps // steps)
-    used = all_prompts(phases, ranks.world, config.ppo.num_rollouts, len(train), config.seed, config.ppo.group_size)
-    shared, scoring, scorer = config.serving.baseline_cache, sampler.scoring, sampler.scorer
+    def scores(preferences: Sequence[Preference], rows: Sequence[int]) -> dict[int, float]:
+        return baselines.baseline_scores(cache, preferences, rows, sampler.scoring, sampler.scorer, ranks, report)
+
+    shared = config.serving.baseline_cache
     cache = Path(shared).expanduser() if shared else run.root / "cache"
-    return Data(
-        train,
-        heldout,
-        baseline_scores(cache, train, used, scoring, scorer, ranks, report),
-        baseline_scores(cache, heldout, range(len(heldout)), scoring, scorer, ranks, report),
-    )
+    ours = None
+    if not baselines.cancel(config.ppo):
+        steps = 1 if config.ppo.max_update_kl else steps_per_phase(config)  # a phase that ends early has at least one
+        phases = -(-config.train.total_steps // steps)
+        ours = scores(
+            train,
+            all_prompts(phases, ranks.world, config.ppo.num_rollouts, len(train), config.seed, config.ppo.group_size),
+        )
+    return Data(train, heldout, ours, scores(heldout, range(len(heldout))))
 
 
 def start_accelerator(run: RunDir, config: Config) -> Accelerator:
@@ -230,8 +235,8 @@ def describe_policy(trainer: Trainer, state: TrainState, folder: Path, best: boo
         "rollouts": state.rollouts,
     }
     card = Card(
-        method=config.train.method.upper(),
-        sections=("model", config.train.method, "train", "generate", "optimizer", "scheduler"),
+        method="PPO",
+        sections=sections_of("ppo"),
         figures=figures,
         start="its supervised fine-tuning on the same data" if "sft" in config.all else None,
         reward_model=f"{Path(reward_model).name} (SHA-256 {identity})" if identity else Path(reward_model).name,

@@ -6,9 +6,10 @@ a call that reads as far as their longest; transformers' own attention does the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,43 +72,41 @@ def _attention(
     **named: Any,
 ) -> tuple[Tensor, None]:
     """transformers' "sdpa", segment by segment."""
-    segments = _segments.get()
-    if len(segments) < 2 or attention_mask is None:
-        whole: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **named)
-        return whole
-    parts = [
-        sdpa_attention_forward(
-            module,
-            query[first:last],
-            key[first:last, :, :width],
-            value[first:last, :, :width],
-            attention_mask[first:last, ..., :width],
-            **named,
-        )[0]
-        for first, last, width in segments
-    ]
-    return torch.cat(parts), None
+
+    def part(*tensors: Any) -> Tensor:
+        result: Tensor = sdpa_attention_forward(module, *tensors, **named)[0]
+        return result
+
+    return _by_segments(part, query, key, value, attention_mask), None
 
 
 def _gptj_attention(
     query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
 ) -> tuple[Tensor, None]:
     """The same for GPT-J, whose result is (b, heads, T, D)."""
-    segments: Sequence[Segment] = _segments.get()
-    if len(segments) < 2 or attention_mask is None:
-        segments = ((0, len(query), key.shape[2]),)
     alone = attention_mask is None and query.shape[2] > 1
+
+    return _by_segments(partial(scaled_dot_product_attention, is_causal=alone), query, key, value, attention_mask), None
+
+
+def _by_segments(
+    attention: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> Tensor:
+    """What `attention` (query, key, value, mask) makes of each segment's rows and columns; of all at once where there
+    is one segment, or no mask."""
+    segments = _segments.get()
+    if len(segments) < 2 or mask is None:
+        return attention(query, key, value, mask)
     parts = [
-        scaled_dot_product_attention(
+        attention(
             query[first:last],
             key[first:last, :, :width],
             value[first:last, :, :width],
-            None if attention_mask is None else attention_mask[first:last, ..., :width],
-            is_causal=alone,
+            mask[first:last, ..., :width],
         )
         for first, last, width in segments
     ]
-    return torch.cat(parts), None
+    return torch.cat(parts)
 
 
 AttentionInterface.register(_NAME, _attention)

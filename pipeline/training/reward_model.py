@@ -28,7 +28,7 @@ from pipeline.data.preferences import Preference, read_split
 from pipeline.data.tokens import encode, end_id, load_tokenizer, pad_id
 from pipeline.errors import UserError
 from pipeline.evaluation.reward_model import BINS, expected_calibration_error
-from pipeline.run.sources import base_model_path, tokenizer_path
+from pipeline.run.sources import base_model_path, supervised_model, tokenizer_path
 from pipeline.training.batches import pad_rows
 from pipeline.training.metrics import Row
 from pipeline.training.model_card import Card, write_card
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     session = start("reward-model", "reward_model", __doc__ or "", argv)
     run, config, settings = session.run, session.config, session.config.reward_model
     if settings.base == "sft":
-        base = run.artifact("sft", "model")
+        base = supervised_model(run, "sft")
         tokenizer = load_tokenizer(base)
     else:
         base = base_model_path(run, config)
@@ -189,9 +189,9 @@ def main(argv: list[str] | None = None) -> int:
         figures = {name: value / len(heldout) for name, value in zip(names, sums[1:], strict=False)}
         return {**figures, "calibration_error": expected_calibration_error(sums[len(STATISTICS) :], len(heldout))}
 
-    def describe(folder: Path, values: dict[str, Any], rows: list[Row]) -> None:
+    def describe(folder: Path, figures: dict[str, Any], rows: list[Row]) -> None:
         origin = "its supervised fine-tuning on the same data" if settings.base == "sft" else None
-        card = Card("Reward model", ("reward_model",), values, origin, task="text-classification", rows=rows)
+        card = Card("Reward model", ("reward_model",), figures, origin, task="text-classification", rows=rows)
         write_card(folder, session.run, session.config, card)
 
     return train(

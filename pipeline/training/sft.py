@@ -155,9 +155,9 @@ def main(argv: list[str] | None = None) -> int:
     def summarise(sums: list[float]) -> dict[str, float]:
         return {"loss": sums[0] / tokens, "perplexity": math.exp(min(sums[0] / tokens, 50.0))}
 
-    def describe(folder: Path, values: dict[str, Any], rows: list[Row]) -> None:
+    def describe(folder: Path, figures: dict[str, Any], rows: list[Row]) -> None:
         write_generation_config(folder, tokenizer, session.config)
-        write_card(folder, session.run, session.config, Card("SFT", ("sft",), values, rows=rows))
+        write_card(folder, session.run, session.config, Card("SFT", ("sft",), figures, rows=rows))
 
     return train(
         session,

@@ -26,9 +26,10 @@ from pipeline.run import atomic, hashing
 from pipeline.run.directory import RunDir
 from pipeline.run.work import Progress, parse_work, write_result
 from pipeline.training.batches import E, epoch_steps
+from pipeline.training.best import Best
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.distributed import configure_deepspeed, uses_deepspeed
-from pipeline.training.fit import Course, Hooks, Keeping, fit
+from pipeline.training.fit import Course, Hooks, Keeping, Loop
 from pipeline.training.last_layer import last_layer_at
 from pipeline.training.metrics import Row, read_rows
 from pipeline.training.ranks import Ranks, make_accelerator
@@ -60,6 +61,11 @@ class Session:
     ranks: Ranks
     stop: StopRequest
     started: float = field(default_factory=time.monotonic)
+
+    @property
+    def section(self) -> str:
+        """The section of the configuration that its settings are."""
+        return self.stage.replace("-", "_")
 
 
 def start(stage: str, section: str, description: str, argv: list[str] | None) -> Session:
@@ -170,16 +176,17 @@ def train(
     counts: dict[str, float] | None = None,
     describe: Callable[[Path, dict[str, Any], list[Row]], None] = lambda folder, values, rows: None,
 ) -> int:
-    """Train `module`, which holds `model`, write OUT/model and the result; returns the exit status.
+    """Train `module`, which holds `model`, write OUT/model (and OUT/best) and the result; returns the exit status.
 
     `summarise` makes figures of the module's sums over the held-out examples; one of them is called "loss". `describe`
-    adds to the model's folder what says where it comes from, given the result's values and the metrics.
+    adds to a model's folder what says where it comes from, given its figures and the training's metrics.
     """
     settings, accelerator, ranks = session.settings, session.accelerator, session.ranks
     name = checkpoints_name(session, base, tokenizer)
     start_tracker(
         accelerator,
         session.config,
+        (session.section,),
         session.run.tracker,
         f"{session.run.root.name}-{session.stage}",
         run_id(session.run.root, name),
@@ -193,46 +200,63 @@ def train(
             ranks,
             settings.keep_checkpoints,
             background=True,
-            processes=f"{session.stage.replace('-', '_')}.num_processes",
+            processes=f"{session.section}.num_processes",
         ),
         session.stop,
         Progress(session.out, course.total_steps),
     )
-    best: dict[str, Any] = {}
+    best = Best(accelerator, keeping.checkpoints, settings.save_best, course.total_steps)
 
     def evaluate(step: int) -> dict[str, float]:
         sums = sum_over(accelerator, wrapped, task, heldout, settings.micro_batch_tokens)
         figures = summarise(sums.tolist())
-        if not best or figures["loss"] < best["loss"]:
-            best.update(loss=figures["loss"], step=step)
+        best.consider(step, figures)
         _log.info("step %d: held-out %s", step, ", ".join(f"{key} {value:.4f}" for key, value in figures.items()))
         return {f"test/{key}": value for key, value in figures.items()}
 
-    done = fit(
-        accelerator, ranks, wrapped, optimizer, task, examples, course, keeping, Hooks(evaluate=evaluate, extra=best)
-    )
+    hooks = Hooks(evaluate=evaluate, extra=best.state)
+    done = Loop(accelerator, ranks, wrapped, optimizer, task, examples, course, keeping, hooks).run()
     if done.complete:
-        save_trained(accelerator, wrapped, module, model, tokenizer, session.out / "model")
-        values = {
-            **{key.removeprefix("test/"): value for key, value in done.evaluated.items()},
+        last = {key.removeprefix("test/"): value for key, value in done.evaluated.items()}
+        others = {
             **(counts or {}),
-            "best_loss": best["loss"],
-            "best_step": best["step"],
+            "best_loss": best.figures["loss"],
+            "best_step": best.step,
             **done.figures(),
             "processes": ranks.world,
-            "seconds": round(time.monotonic() - session.started, 3),
-            "metrics": str(keeping.metrics.relative_to(session.run.root)),
         }
+        models = {"model": last}
+        save_trained(accelerator, wrapped, module, model, tokenizer, session.out / "model")
+        if settings.save_best and not best.is_last:
+            best.load()
+            models["best"] = best.figures
+            save_trained(accelerator, wrapped, module, model, tokenizer, session.out / "best")
         if ranks.first:
-            describe(session.out / "model", values, read_rows(keeping.metrics))
-            write_result(session.out, {"model": "model"}, values)
-            push_if_asked(session.run, session.config, session.stage, session.out / "model")
+            for name, figures in models.items():
+                describe(session.out / name, {**figures, **others}, read_rows(keeping.metrics))
+            finish(session, best, last, others, keeping.metrics)
     elif ranks.first:
         _log.info("stopped at step %d; start again to go on", done.step)
         atomic.write_json(session.out / STOPPED, {"step": done.step})
     ranks.barrier()
     end_tracking(accelerator)
     return 0 if done.complete else EX_TEMPFAIL
+
+
+def finish(session: Session, best: Best, last: dict[str, float], others: dict[str, Any], metrics: Path) -> None:
+    """Write the result. With `save_best` its figures are the best model's, which is what goes on to other stages."""
+    artifacts, figures = {"model": "model"}, last
+    if session.settings.save_best:
+        artifacts["best"] = "model" if best.is_last else "best"
+        figures = {**best.figures, "last_loss": last["loss"]}
+    values = {
+        **figures,
+        **others,
+        "seconds": round(time.monotonic() - session.started, 3),
+        "metrics": str(metrics.relative_to(session.run.root)),
+    }
+    write_result(session.out, artifacts, values)
+    push_if_asked(session.run, session.config, session.stage, session.out / artifacts.get("best", "model"))
 
 
 def checkpoints_name(session: Session, base: Path, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -10,13 +10,15 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import json
 import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.schema import Config
+from pipeline.config.training import SHOWN_APART
 from pipeline.errors import UserError
 from pipeline.training.dumps import COLUMNS, markdown_table
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from pipeline.training.heldout import Answer
 
 logger = logging.getLogger(__name__)
+
+Scalar = bool | int | float | str
 
 _REMEDY = "set WANDB_MODE=offline, or train.tracker=none"
 
@@ -45,22 +49,45 @@ def run_id(run: Path, training: str) -> str:
     return hashlib.sha256(f"{run}\0{training}".encode()).hexdigest()[:16]
 
 
-def start_tracker(accelerator: Accelerator, config: Config, folder: Path, name: str, identity: str) -> None:
-    """Start the configured tracker, if any, for a run called `name`; its files lie below `folder`."""
+def start_tracker(
+    accelerator: Accelerator, config: Config, sections: Sequence[str], folder: Path, name: str, identity: str
+) -> None:
+    """Start the configured tracker, if any, for a run called `name`; its files lie below `folder`.
+
+    It is told the settings in `sections`, which are those that the training follows.
+    """
     tracker = tracker_of(config)
     if tracker is None or not accelerator.is_main_process:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"preset": config.preset, "seed": config.seed, "lr": config.optimizer.lr, **config.ppo.model_dump()}
-    known = {key: value for key, value in settings.items() if value is not None}
+    settings = shown_settings(config, sections)
     if tracker == "wandb":
-        _start_wandb(accelerator, config.train.project_name, known, folder, name, identity)
+        _start_wandb(accelerator, config.train.project_name, settings, folder, name, identity)
     else:  # TensorBoard knows no identity but its folder
-        accelerator.init_trackers(f"{config.train.project_name}/{name}-{identity}", known)
+        accelerator.init_trackers(f"{config.train.project_name}/{name}-{identity}", settings)
+
+
+def shown_settings(config: Config, sections: Sequence[str]) -> dict[str, Scalar]:
+    """The settings of these sections by their dotted names, as --set takes them, with preset and seed.
+
+    Lists are JSON texts, since TensorBoard takes plain values alone; what is not set is left out.
+    """
+    shown: dict[str, Scalar] = {"preset": config.preset, "seed": config.seed}
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                add(f"{name}.{key}", item)
+        elif value is not None:
+            shown[name] = value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
+
+    for section in sections:
+        add(section, getattr(config, section).model_dump(mode="json", exclude=SHOWN_APART))
+    return shown
 
 
 def _start_wandb(
-    accelerator: Accelerator, project: str, settings: dict[str, object], folder: Path, name: str, identity: str
+    accelerator: Accelerator, project: str, settings: dict[str, Scalar], folder: Path, name: str, identity: str
 ) -> None:
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.config.methods import PPO
 from pipeline.errors import UserError
-from pipeline.training.critic_warmup import begin_policy, set_rates
+from pipeline.training.critic_warmup import begin_policy, rates_of, set_rates
 from pipeline.training.distributed import backward, was_skipped
 from pipeline.training.experience import Batches
 from pipeline.training.losses import EXTREMES, SUMS, Tokens, ppo_loss
@@ -142,7 +142,9 @@ class Updater:
         row["update/skipped"] = float(len(taken.norms) - len(norms))
         row["policy/approx_kl_first"] = means[0, KL].item()
         row["ratio_first"] = means[0, RATIO].item()
-        row["learning_rate_group_0"] = self.rate(step - 1)
+        alone = step <= self.ppo.critic_warmup_steps
+        for place, rate in enumerate(rates_of(self.optimizer, self.rate(step - 1), alone)):
+            row[f"learning_rate_group_{place}"] = rate  # the policy's, and that of its value function
         return row
 
     def _step(
