@@ -13,7 +13,7 @@ from helpers_ppo import finish_stage, make_run, tiny_config, tiny_model, tokeniz
 
 from pipeline.config.load import dump
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluate import main, mean_kl
+from pipeline.evaluation.evaluate import all_logprobs, main, mean_kl
 from pipeline.result import render_summary
 from pipeline.run.directory import Artifact, Outputs
 from pipeline.stages.registry import REGISTRY
@@ -110,4 +110,5 @@ def test_kl_is_the_mean_over_responses_of_the_summed_difference() -> None:
                     for split in (policy, start)
                 )
             slow += float((theirs - ours).exp() - 1 - (theirs - ours))
-    assert mean_kl(policy, start, responses, CONFIG) == pytest.approx(slow / 3, rel=1e-3)
+    ours, theirs = (all_logprobs(split, responses, CONFIG) for split in (policy, start))
+    assert mean_kl(ours, theirs, 3) == pytest.approx(slow / 3, rel=1e-3)

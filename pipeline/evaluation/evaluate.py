@@ -96,7 +96,7 @@ def compare(
     scorer: Scorer,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Sample from both, score, and put the report together."""
+    """Sample from both, score, and put the report together. One model at a time is in memory: two of 20B fill a GPU."""
     tokenizer = load_tokenizer(trained)
     rewards_from = reward_folder(run, config)
     scoring = ScoringText(
@@ -122,12 +122,15 @@ def compare(
         report = lambda count: progress.update(done + count, "sampling")  # noqa: E731
         return sample_answers(sampler, preferences, config.evaluate.batch_size, config.seed, report)
 
-    base = load_split(start, config)
-    sft = answers(base, 0)
     tuned = load_split(trained, config)
     adjust = load_steering(trained, tuned)
-    policy = answers(tuned, len(preferences), adjust)
-    kl = mean_kl(tuned, base, [answer.response for answer in policy], config, adjust)
+    policy = answers(tuned, 0, adjust)
+    responses = [answer.response for answer in policy]
+    ours = all_logprobs(tuned, responses, config, adjust)
+    del tuned, adjust
+    base = load_split(start, config)
+    sft = answers(base, len(preferences))
+    kl = mean_kl(ours, all_logprobs(base, responses, config), len(responses))
     return build_report(run, config, preferences, sft, policy, chosen, kl)
 
 
@@ -172,18 +175,21 @@ def load_steering(folder: Path, split: Split) -> Adjust | None:
     return steer(targets.to(split.device), beta, split.whole.dtype)
 
 
-def mean_kl(
-    policy: Split, start: Split, responses: Sequence[Response], config: Config, adjust: Adjust | None = None
-) -> float:
-    """KL(policy || start) in nats per response, by k3 on the policy's own samples."""
-    total = 0.0
+def mean_kl(ours: torch.Tensor, theirs: torch.Tensor, responses: int) -> float:
+    """KL(policy || start) in nats per response, by k3, from both models' log-probabilities (n,) of all tokens of the
+    policy's own samples."""
+    return float(kl_k3(ours, theirs).double().sum()) / responses
+
+
+def all_logprobs(
+    split: Split, responses: Sequence[Response], config: Config, adjust: Adjust | None = None
+) -> torch.Tensor:
+    """`response_logprobs` of any number of responses, (n,) on the host."""
+    parts = []
     for rows in blocks(range(len(responses)), config.evaluate.batch_size):
         batch = [responses[row] for row in rows]
-        temperature = config.generate.temperature
-        ours = response_logprobs(policy, batch, temperature, adjust)
-        theirs = response_logprobs(start, batch, temperature)
-        total += float(kl_k3(ours, theirs).double().sum())
-    return total / len(responses)
+        parts.append(response_logprobs(split, batch, config.generate.temperature, adjust).cpu())
+    return torch.cat(parts)
 
 
 @torch.no_grad()
