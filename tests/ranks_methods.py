@@ -20,7 +20,13 @@ from helpers_ppo import HashScorer
 from helpers_process import fresh_accelerate
 from torch import Tensor, nn
 
+os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed looks for others
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_fp32_param
+
 from pipeline.training import distributed, ilql, ilql_assemble, reward_model, sft, sharding, supervised
+from pipeline.training.ilql_heads import Heads, TargetHeads
 from pipeline.training.models import load_causal_lm
 from pipeline.training.ranks import make_accelerator
 from pipeline.training.reward_source import RewardSource
@@ -85,11 +91,42 @@ def added(mode: str, gradients: list[float]) -> list[float]:
 
 
 def master(weight: nn.Parameter) -> float:
-    from deepspeed.utils import safe_get_full_fp32_param
-
     value: Tensor = safe_get_full_fp32_param(weight)
     assert len(value.unique()) == 1
     return float(value.flatten()[0])
+
+
+class Followed(nn.Module):
+    """Trained heads and their targets; all of their weights are small enough to stay whole between forwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = Heads(4, 12, True, seed=0)
+        self.targets = TargetHeads(self.heads)
+
+    def forward(self, x: Tensor, actions: Tensor) -> Tensor:
+        gap = self.heads.taken(x, actions) - self.targets.smallest_taken(x, actions)
+        return (gap - 1.0).square().sum() + self.heads.values(x).sum()
+
+
+def followed(alpha: float) -> bool:
+    """Whether the next forward behind a synchronisation in bf16 sees exactly what float32 makes of the masters."""
+    enter("zero3-bf16")
+    accelerator = make_accelerator(1)
+    configure(accelerator, 1, 1.0)
+    module = Followed()
+    before = {name: weight.clone() for name, weight in module.targets.named_parameters()}
+    optimizer = torch.optim.AdamW(module.heads.parameters(), lr=0.1)
+    wrapped, _ = sharding.prepare(accelerator, module, optimizer)
+    accelerator.sync_gradients = True
+    distributed.backward(accelerator, wrapped(torch.ones(2, 4, dtype=torch.bfloat16), torch.tensor([3, 5])))
+    trained = {name: safe_get_full_fp32_param(weight) for name, weight in module.heads.named_parameters()}
+    module.targets.sync(module.heads, alpha)
+    with distributed.whole_weights(accelerator, module.targets)():
+        return all(
+            torch.equal(weight, before[name].lerp(trained[name], alpha)) and not torch.equal(weight, before[name])
+            for name, weight in module.targets.named_parameters()
+        )
 
 
 def spread_model(folder: Path) -> dict[str, Any]:
@@ -107,15 +144,13 @@ def spread_model(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-
     root = Path(sys.argv[1])
     supervised.configure_deepspeed = ilql_assemble.configure_deepspeed = configure  # type: ignore[attr-defined]
     RewardSource.connect = lambda self: HashScorer()  # type: ignore[assignment,method-assign,return-value]
     results: dict[str, Any] = {"spread": spread_model(root / "zero3/stages/sft/out/model")}
     for mode in ("zero2-bf16", "zero3-bf16"):
         results[mode] = added(mode, [256.0, 1.0, 1.0, 1.0, 1.0])
+    results["followed"] = followed(alpha=1e-4)
     for mode in ("zero2", "zero3"):
         for method in MAINS:
             assert command(root, mode, method, method) == 0
@@ -125,7 +160,7 @@ def main() -> None:
         shutil.rmtree(last)
     torch.distributed.barrier()
     assert command(root, "zero3-bf16", "ilql", "resumed") == 0
-    of_device = deepspeed.accelerator.get_accelerator()
+    of_device = get_accelerator()
     of_device.is_fp16_supported = lambda: True  # torch's CPU kernels do compute in it
     assert command(root, "zero2-fp16", "sft", "sft") == 0
     (root / f"results-{os.environ['RANK']}.json").write_text(json.dumps(results))

@@ -41,7 +41,7 @@ def config_of(world: int, layers: int = 1, alpha: float = 0.1, **of_sft: Any) ->
         sft={**supervised, "eval_interval": 2, **of_sft},
         reward_model={**supervised, "frozen_fraction": 0.4},
         train={
-            "method": "ilql", "seq_length": 72, "batch_size": 4 // world, "total_steps": 4, "eval_interval": 2,
+            "method": "ilql", "seq_length": 72, "batch_size": 4 // world, "total_steps": 4, "eval_interval": 4,
             "eval_prompts": 4, "checkpoint_interval": 2, "micro_batch_tokens": 80, "tracker": "none",
             "num_processes": world,
         },
@@ -140,6 +140,10 @@ def test_rank_0_alone_reads_a_model_that_is_spread(root: Path) -> None:
         spread = torch.load(folder.with_name(f"weights-{rank}.pt"))
         assert spread.keys() == dict(model.named_parameters()).keys()
         assert all(torch.equal(spread[name], weight) for name, weight in model.named_parameters())
+
+
+def test_targets_follow_the_masters_exactly_under_zero3(root: Path) -> None:
+    assert [found["followed"] for found in results(root)] == [True, True]
 
 
 @pytest.mark.parametrize("mode", ["zero2-bf16", "zero3-bf16"])
