@@ -38,14 +38,14 @@ def config_of(world: int, layers: int = 1, alpha: float = 0.1, **of_sft: Any) ->
     supervised = {"max_length": 96, "batch_size": 4, "max_steps": 4, "lr": 2e-3, "micro_batch_tokens": 128}
     return tiny_config(
         model={"path": "embedded", "num_layers_unfrozen": layers, "embedded": {"max_positions": 128}},
-        sft={**supervised, "eval_interval": 2, **of_sft},
+        sft={**supervised, **of_sft},
         reward_model={**supervised, "frozen_fraction": 0.4},
         train={
             "method": "ilql", "seq_length": 72, "batch_size": 4 // world, "total_steps": 4, "eval_interval": 4,
             "eval_prompts": 4, "checkpoint_interval": 2, "micro_batch_tokens": 80, "tracker": "none",
             "num_processes": world,
         },
-        ilql={"alpha": alpha, "beta": 0.5, "betas": [0.0, 4.0], "best_beta": 4.0},
+        ilql={"alpha": alpha, "beta": 0.5, "betas": [4.0], "best_beta": 4.0},
     )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def config_of(world: int, layers: int = 1, alpha: float = 0.1, **of_sft: Any) ->
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Everything is trained once: by this process, and by two ranks in each mode."""
     root = tmp_path_factory.mktemp("root")
-    fp16 = config_of(2, mixed_precision="fp16", epochs=5, max_steps=20, eval_interval=None)
+    fp16 = config_of(2, mixed_precision="fp16", epochs=2, max_steps=12)
     configs = {"alone": config_of(1), **{mode: config_of(2) for mode in MODES}, "zero2-fp16": fp16}
     configs["zero3-bf16"] = config_of(2, layers=-1, alpha=1e-4)
     for mode, config in configs.items():
@@ -157,8 +157,8 @@ def test_fp16_leaves_out_steps_until_it_has_found_its_scale(root: Path) -> None:
     """The first scale is 2^24, and each overflow halves it; later on the model learns."""
     rows = [row for row in metrics(root / "zero2-fp16", "sft") if "update/skipped" in row]
     assert rows[0]["update/skipped"] == 1.0 and rows[0]["grad_norm"] == 0.0
-    assert rows[-1]["step"] == 20 and rows[-1]["update/skipped"] == 0.0
-    assert rows[-1]["losses/loss"] < rows[0]["losses/loss"] - 0.2 and rows[-1]["grad_norm"] > 0.1
+    assert rows[-1]["step"] == 12 and rows[-1]["update/skipped"] == 0.0
+    assert rows[-1]["losses/loss"] < rows[0]["losses/loss"] - 0.05 and rows[-1]["grad_norm"] > 0.1
 
 
 @pytest.mark.parametrize(("free", "leaves"), [(1000, False), (400, True)])
