@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers_ppo import VOCAB, HashScorer, make_run, tiny_config
 from helpers_process import fresh_accelerate
+from helpers_supervised import ARCHITECTURES, causal_lm
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +29,7 @@ from pipeline.training.ilql_output import HEADS
 from pipeline.training.metrics import read_rows
 from pipeline.training.prompts import derive_seed
 from pipeline.training.reward_source import RewardSource
+from pipeline.training.sharding import buffers_to
 
 SCRIPT = str(Path(__file__).with_name("ranks_methods.py"))
 MODES = ("zero2", "zero3")
@@ -159,6 +161,15 @@ def test_fp16_leaves_out_steps_until_it_has_found_its_scale(root: Path) -> None:
     assert rows[0]["update/skipped"] == 1.0 and rows[0]["grad_norm"] == 0.0
     assert rows[-1]["step"] == 12 and rows[-1]["update/skipped"] == 0.0
     assert rows[-1]["losses/loss"] < rows[0]["losses/loss"] - 0.05 and rows[-1]["grad_norm"] > 0.1
+
+
+@pytest.mark.parametrize("config", ARCHITECTURES[:2], ids=lambda config: config.model_type)
+def test_buffers_go_to_the_device_before_the_weights_do(config: Any) -> None:
+    """The meta device stands for a GPU."""
+    model = causal_lm(config)
+    buffers_to(model, torch.device("meta"))
+    assert {buffer.device.type for buffer in model.buffers()} == {"meta"}
+    assert {weight.device.type for weight in model.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize(("free", "leaves"), [(1000, False), (400, True)])

@@ -36,9 +36,7 @@ def load_split(path: Path, config: Config, accelerator: Accelerator) -> Split:
     model = load_causal_lm(path, compute_dtype(accelerator), weights=loads_weights(accelerator))
     disable_dropout(model)
     if shards_weights(accelerator):
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(accelerator.device)
+        sharding.buffers_to(model, accelerator.device)
     else:
         model.to(accelerator.device)
     return make_float32(split_model(model, config.model.num_layers_unfrozen), accelerator)

@@ -38,6 +38,7 @@ def prepare(
     """
     kept = {weight: weight.data for weight in moving(module)}
     if shards_weights(accelerator):
+        buffers_to(module, accelerator.device)  # DeepSpeed leaves modules that it finds spread where they are
         exact = spread(accelerator, module)
         dtype = compute_dtype(accelerator)
         for weight in beside:
@@ -51,6 +52,13 @@ def prepare(
         for weight, value in kept.items():
             weight.data = value.to(weight.device)
     return wrapped, prepared
+
+
+def buffers_to(module: nn.Module, device: torch.device) -> None:
+    """Move the module's buffers, and nothing else of it, to `device`."""
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = None if buffer is None else buffer.to(device)
 
 
 def moving(module: nn.Module) -> set[nn.Parameter]:
