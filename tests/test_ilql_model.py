@@ -132,7 +132,8 @@ def test_only_actions_meet_the_vocabulary_and_chunks_of_them_change_nothing(monk
     widths: list[int] = []
 
     def note(layer: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        widths.append(output.numel() // VOCAB)
+        if output.ndim == 2:  # (n, V), and not the values (n,) of actions alone
+            widths.append(output.numel() // VOCAB)
 
     for layer in (module.top.head, *(head[2] for head in (*module.heads.q_heads, *module.targets.q_heads))):
         layer.register_forward_hook(note)
@@ -155,11 +156,11 @@ def test_only_actions_meet_the_vocabulary_and_chunks_of_them_change_nothing(monk
 
 def test_without_cql_no_head_meets_the_vocabulary() -> None:
     module = module_of(settings=SETTINGS.model_copy(update={"cql_scale": 0.0}))
-    called: list[Any] = []
+    dimensions: list[int] = []
     for head in module.heads.q_heads:
-        head[2].register_forward_hook(lambda layer, *_: called.append(layer))  # type: ignore[index]
+        head[2].register_forward_hook(lambda layer, inputs, output: dimensions.append(output.ndim))  # type: ignore[index]
     loss, sums = module(*collate(ROWS, pad=0))
-    assert not called
+    assert dimensions == [1, 1]  # the values (n,) of actions
     expected = reference(module, tiny_model(spread=2.0).double(), ROWS)
     assert loss.item() == pytest.approx((expected["loss"] - SETTINGS.cql_scale * expected["cql"]).item())
     assert sums[LOSSES.index("loss_cql")] == 0

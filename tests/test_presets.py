@@ -116,11 +116,17 @@ def test_the_reward_model_is_that_of_the_hh_example() -> None:
         assert "trlX has none of this size" in config.description
 
 
+def test_what_trains_all_layers_of_20b_is_spread_over_the_gpus() -> None:
+    """Whole in bf16 with shares of the rest, 20.6e9 weights would take 82 GB and more of each of 8 GPUs."""
+    assert preset("sft-20B").sft.accelerate_config == preset("ilql-20B").train.accelerate_config == "zero3"
+    trained = preset("reward-model-20B")
+    assert trained.sft.accelerate_config == trained.reward_model.accelerate_config == "zero3"
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_all_methods_read_and_are_judged_by_the_same(method: str) -> None:
-    common = preset("ppo")
     for size in SIZES:
-        config = preset(f"{method}-{size}")
+        common, config = preset(f"ppo-{size}"), preset(f"{method}-{size}")
         assert (config.data.source, config.data.subsets) == ("Anthropic/hh-rlhf", HH)
         assert (config.generate, config.evaluate) == (common.generate, common.evaluate)
         assert config.evaluate.num_prompts == 280

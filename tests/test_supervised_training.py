@@ -235,3 +235,23 @@ def test_every_architecture_says_how_many_positions_it_has(config: PretrainedCon
     check_positions(tmp_path, "sft.max_length", positions)
     with pytest.raises(UserError, match=f"^sft.max_length: {positions + 1} is more than the {positions} positions of"):
         check_positions(tmp_path, "sft.max_length", positions + 1)
+
+
+@each_architecture
+def test_a_model_without_weights_is_the_loaded_one_but_for_their_numbers(config: Any, tmp_path: Path) -> None:
+    """Names, order, shapes, ties and buffers are alike; of each weight there is one number."""
+    causal_lm(config).save_pretrained(tmp_path)
+    loaded = (load_causal_lm(tmp_path, torch.float32), load_reward_model(tmp_path, torch.float32, new_head=True))
+    empty = (
+        load_causal_lm(tmp_path, torch.float32, weights=False),
+        load_reward_model(tmp_path, torch.float32, new_head=True, weights=False),
+    )
+    for ours, theirs in zip(empty, loaded, strict=True):
+        assert type(ours) is type(theirs) and ours.config.to_dict() == theirs.config.to_dict()
+        assert ours.training == theirs.training
+        shapes, others = ([(name, w.shape) for name, w in model.named_parameters()] for model in (ours, theirs))
+        assert shapes == others
+        assert all(weight.untyped_storage().nbytes() == 4 for weight in ours.parameters())
+        buffers = dict(theirs.named_buffers())
+        assert buffers.keys() == dict(ours.named_buffers()).keys()
+        assert all(torch.equal(buffer, buffers[name]) for name, buffer in ours.named_buffers())

@@ -109,7 +109,7 @@ def compare(
     )
     chosen = score_answers(preferences, scoring, scorer, config.evaluate.batch_size)
 
-    def ask(path: Path, done: int, judged: Sequence[Response] | None = None) -> tuple[list[Answer], list[Tensor]]:
+    def ask(path: Path, done: int, judged: Sequence[Response] | None = None) -> tuple[list[Answer], Tensor]:
         """A model's answers, and what it says of the `judged` ones (None: of its own). It is gone when that is known:
         two of the largest have no room on one GPU."""
         split = load_split(path, config)
@@ -177,17 +177,19 @@ def load_steering(folder: Path, split: Split) -> Adjust | None:
     return steer(targets.to(split.device), beta, split.whole.dtype)
 
 
-def all_logprobs(
-    split: Split, responses: Sequence[Response], config: Config, adjust: Adjust | None = None
-) -> list[Tensor]:
-    """Log-probabilities of the responses' tokens, of `evaluate.batch_size` of them at a time (n,), on the host."""
-    batches = [[responses[row] for row in rows] for rows in blocks(range(len(responses)), config.evaluate.batch_size)]
-    return [response_logprobs(split, batch, config.generate.temperature, adjust).cpu() for batch in batches]
+def mean_kl(ours: Tensor, theirs: Tensor, responses: int) -> float:
+    """KL(policy || start) in nats per response, by k3, from both models' log-probabilities (n,) of all tokens of the
+    policy's own samples."""
+    return float(kl_k3(ours, theirs).double().sum()) / responses
 
 
-def mean_kl(ours: Sequence[Tensor], theirs: Sequence[Tensor], responses: int) -> float:
-    """KL(policy || start) in nats per response, by k3 on the policy's own samples."""
-    return sum(float(kl_k3(*pair).double().sum()) for pair in zip(ours, theirs, strict=True)) / responses
+def all_logprobs(split: Split, responses: Sequence[Response], config: Config, adjust: Adjust | None = None) -> Tensor:
+    """`response_logprobs` of any number of responses, (n,) on the host."""
+    parts = []
+    for rows in blocks(range(len(responses)), config.evaluate.batch_size):
+        batch = [responses[row] for row in rows]
+        parts.append(response_logprobs(split, batch, config.generate.temperature, adjust).cpu())
+    return torch.cat(parts)
 
 
 @torch.no_grad()

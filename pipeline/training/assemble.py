@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from pipeline.config.schema import Config
+from pipeline.training import sharding
 from pipeline.training.adapters import add_adapters, shared_reference, whole_with_merged
 from pipeline.training.critic import Critic
 from pipeline.training.critic_warmup import parameter_groups
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 def load_policy(path: Path, config: Config, accelerator: Accelerator) -> tuple[Split, Top]:
     """The causal language model at `path` on this process's device, without dropout, split; and its reference.
 
-    The trained weights are float32. In mixed precision the frozen ones are bf16 (or fp16), and so is what they say.
+    The trained weights are float32, but for DeepSpeed, which makes float32 masters of its own. In mixed precision the
+    frozen ones are bf16 (or fp16), and so is what they say.
     The reference is a frozen copy of the top. Under LoRA the top's own weights are frozen, and the reference is these;
     but weights that ZeRO-3 is to spread over the ranks are copied first.
     """
@@ -45,18 +47,18 @@ def load_policy(path: Path, config: Config, accelerator: Accelerator) -> tuple[S
     if lora.rank and not sharded:
         reference = shared_reference(split.top)
         add_adapters(split.top, lora, derive_seed(config.seed, "lora"))
-        return make_float32(split), reference
+        return make_float32(split, accelerator), reference
     if not lora.rank:
-        make_float32(split)
+        make_float32(split, accelerator)
     reference = frozen_reference(split, share=not sharded)
     add_adapters(split.top, lora, derive_seed(config.seed, "lora"))
-    return make_float32(split), reference
+    return make_float32(split, accelerator), reference
 
 
-def make_float32(split: Split) -> Split:
-    """Turn what is trained to float32."""
+def make_float32(split: Split, accelerator: Accelerator) -> Split:
+    """Turn what is trained to float32; not for DeepSpeed, which would turn it back."""
     for parameter in split.top.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not uses_deepspeed(accelerator):
             parameter.data = parameter.data.float()
     return split
 
@@ -88,8 +90,7 @@ def prepare(
     configure_deepspeed(accelerator, config.train.micro_batch_size or config.train.batch_size, settings.max_grad_norm)
     if uses_deepspeed(accelerator):
         reference.to(compute_dtype(accelerator))
-    prepared, optimizer = accelerator.prepare(policy, optimizer)
-    return prepared, optimizer
+    return sharding.prepare(accelerator, policy, optimizer)
 
 
 def mean_baseline(data: Data) -> float:
@@ -102,8 +103,7 @@ def save_policy(split: Split, tokenizer: Any, folder: Path, accelerator: Acceler
 
     Adapters are merged in what is written, and stay as they are here. To be called by every rank: ZeRO-3 gathers.
     """
-    [policy] = accelerator._models
-    with whole_weights(accelerator, policy)():
+    with whole_weights(accelerator, split.top)():
         if ranks.first:
             save_model(whole_with_merged(split, compute_dtype(accelerator)), tokenizer, folder)
         ranks.barrier()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -44,16 +44,21 @@ def configure_deepspeed(accelerator: Accelerator, micro_batch_size: int, max_gra
         plugin["train_micro_batch_size_per_gpu"] = micro_batch_size
         plugin["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps
         plugin["gradient_clipping"] = max_grad_norm
+        if accelerator.state.deepspeed_plugin.zero_stage:  # without ZeRO it knows no two dtypes
+            # Else gradients are summed over forwards, and over ranks, in the 16 bits that they are computed in.
+            plugin.setdefault("data_types", {})["grad_accum_dtype"] = "fp32"
+            plugin["communication_data_type"] = "fp32"
         # Else ZeRO-3 refuses to give its weights away, as the best ones are to be kept.
         plugin["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
 
 
 def whole_weights(accelerator: Accelerator, module: nn.Module) -> Callable[[], AbstractContextManager[None]]:
-    """Contexts in which every rank holds all of the prepared `module`'s weights, to read.
+    """Contexts in which every rank holds all of the weights of `module`, a part of what was prepared, to read.
 
     Under ZeRO-3 a forward of the module gathers layer by layer, which every rank must do at the same time; decoding
     ends on each rank when it ends. So weights are gathered once, used through modules that the engine does not know,
     and released. To be entered by every rank, at the same time; elsewhere than under ZeRO-3 there is nothing to do.
+    Where they would crowd a GPU, the optimiser's state is on the host meanwhile.
     """
     if not shards_weights(accelerator):
         return contextlib.nullcontext
@@ -62,10 +67,34 @@ def whole_weights(accelerator: Accelerator, module: nn.Module) -> Callable[[], A
     def gathered() -> Iterator[None]:
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(module.parameters())):
-            yield
+        weights = list(module.parameters())
+        state = state_in_the_way(accelerator, weights)
+        for tensor in state:
+            tensor.data = tensor.data.to("cpu")
+        try:
+            with deepspeed.zero.GatheredParameters(weights):
+                yield
+        finally:
+            for tensor in state:
+                tensor.data = tensor.data.to(accelerator.device)
 
     return gathered
+
+
+def state_in_the_way(accelerator: Accelerator, weights: Sequence[Any]) -> list[Tensor]:
+    """This rank's share of masters and moments, where whole `weights` would take half of what the GPU has left.
+
+    The other half is for what they are used for. No step is taken, so nothing asks for that state, until it is back.
+    """
+    if accelerator.device.type != "cuda":
+        return []
+    size = sum(weight.ds_numel * weight.element_size() for weight in weights if hasattr(weight, "ds_numel"))
+    left = torch.cuda.mem_get_info(accelerator.device)[1] - torch.cuda.memory_allocated(accelerator.device)
+    if size <= left / 2:
+        return []
+    state = [item for optimizer in accelerator._optimizers for item in optimizer.state.items()]
+    moments = [value for _, values in state for value in values.values() if isinstance(value, Tensor) and value.ndim]
+    return [*(master for master, _ in state), *moments]
 
 
 def backward(accelerator: Accelerator, loss: Tensor) -> None:

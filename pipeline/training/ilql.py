@@ -34,12 +34,12 @@ from pipeline.serving.model_store import reward_folder
 from pipeline.training.baselines import baseline_scores
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.checkpoint_files import STATE, all_checkpoints
-from pipeline.training.distributed import compute_dtype
+from pipeline.training.distributed import compute_dtype, whole_weights
 from pipeline.training.fit import Course, Fit, Hooks, Keeping, Loop
-from pipeline.training.ilql_assemble import load_split, make_module, prepare, refuse_sharded_weights, repeat_on_cpu
+from pipeline.training.ilql_assemble import load_split, make_module, prepare, repeat_on_cpu
 from pipeline.training.ilql_data import Trajectory, collate, make_trajectories
 from pipeline.training.ilql_evaluation import Evaluation
-from pipeline.training.ilql_model import statistic_names
+from pipeline.training.ilql_model import ILQLModule, statistic_names
 from pipeline.training.ilql_output import decoding_beta, save_heads
 from pipeline.training.metrics import read_rows
 from pipeline.training.model_card import Card, sections_of, write_card, write_generation_config
@@ -51,6 +51,7 @@ from pipeline.training.reward_source import LEDGER, RewardSource
 from pipeline.training.rollout import Sampler
 from pipeline.training.schedule import learning_rate
 from pipeline.training.scoring_text import ScoringText
+from pipeline.training.split import alias_tree
 from pipeline.training.stop import EX_TEMPFAIL, STOPPED, StopRequest
 from pipeline.training.stopping import StopSequences
 from pipeline.training.task import Task
@@ -67,7 +68,6 @@ def main(argv: list[str] | None = None) -> int:
     quiet_libraries()
     stop = StopRequest(run.stop_flag)
     accelerator = make_accelerator(1, tracker_of(config), run.tracker)
-    refuse_sharded_weights(accelerator)
     repeat_on_cpu(accelerator)
     ranks = Ranks(accelerator.process_index, accelerator.num_processes, accelerator.device)
     name = checkpoints_name(run, config, ranks)
@@ -130,8 +130,9 @@ class Training:
             max_length=config.serving.max_length,
         )
         self.split = load_split(start, config, accelerator)
-        self.module = make_module(self.split, config)
-        self.wrapped, self.optimizer = prepare(self.module, config, accelerator)
+        module = make_module(self.split, config, accelerator)
+        self.module: ILQLModule = alias_tree(module)  # a wrapper's hooks are not in what measures and is saved
+        self.wrapped, self.optimizer = prepare(module, self.split, config, accelerator)
         train, heldout = read_split(run, "train"), read_split(run, "test")[: config.train.eval_prompts]
         encode = functools.partial(
             make_trajectories, tokenizer=self.tokenizer, max_length=config.train.seq_length, settings=config.ilql
@@ -149,6 +150,7 @@ class Training:
             config.generate,
             config.prompt_length,
             accelerator.autocast,
+            whole_weights(accelerator, self.split.top),
         )
         self.evaluation = Evaluation(
             config,
@@ -197,16 +199,17 @@ class Training:
 
     def save(self, folder: Path) -> None:
         """Write the language model, in one dtype, its tokenizer and the heads; to be called by every rank."""
-        if self.ranks.first:
-            dtype = compute_dtype(self.accelerator)
-            whole = self.split.whole
-            weights = {name: weight.detach().to(dtype) for name, weight in whole.state_dict().items()}
-            whole.config.dtype = dtype
-            with atomic.disk_errors(folder):
-                whole.save_pretrained(folder, state_dict=weights)
-                self.tokenizer.save_pretrained(folder)
-            save_heads(self.module.heads, self.module.targets, self.config.ilql, folder)
-        self.ranks.barrier()
+        with whole_weights(self.accelerator, self.module)():
+            if self.ranks.first:
+                dtype = compute_dtype(self.accelerator)
+                whole = self.split.whole
+                weights = {name: weight.detach().to(dtype) for name, weight in whole.state_dict().items()}
+                whole.config.dtype = dtype
+                with atomic.disk_errors(folder):
+                    whole.save_pretrained(folder, state_dict=weights)
+                    self.tokenizer.save_pretrained(folder)
+                save_heads(self.module.heads, self.module.targets, self.config.ilql, folder)
+            self.ranks.barrier()
 
     def describe(self, folder: Path, values: Mapping[str, Any]) -> None:
         """Write the model card and the sampling settings of the policy in `folder`."""

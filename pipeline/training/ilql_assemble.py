@@ -9,19 +9,15 @@ import torch
 from accelerate import Accelerator
 
 from pipeline.config.schema import Config
-from pipeline.errors import UserError
+from pipeline.training import sharding
+from pipeline.training.assemble import make_float32
 from pipeline.training.distributed import compute_dtype, configure_deepspeed, shards_weights
 from pipeline.training.ilql_heads import Heads
 from pipeline.training.ilql_model import ILQLModule
 from pipeline.training.models import disable_dropout, load_causal_lm
 from pipeline.training.prompts import derive_seed
+from pipeline.training.sharding import loads_weights
 from pipeline.training.split import Split, split_model
-
-
-def refuse_sharded_weights(accelerator: Accelerator) -> None:
-    """Under ZeRO-3 no rank holds the heads that decoding and synchronisation need whole."""
-    if shards_weights(accelerator):
-        raise UserError("train.accelerate_config: ILQL does not train under ZeRO-3; take zero2-bf16 or ddp")
 
 
 def repeat_on_cpu(accelerator: Accelerator) -> None:
@@ -34,25 +30,26 @@ def repeat_on_cpu(accelerator: Accelerator) -> None:
 def load_split(path: Path, config: Config, accelerator: Accelerator) -> Split:
     """The language model at `path` on this process's device, without dropout, split below what is trained.
 
-    What is trained is float32; in mixed precision what is frozen has 16 bits.
+    What is trained is float32, but for DeepSpeed; in mixed precision what is frozen has 16 bits. Under ZeRO-3 weights
+    are rank 0's, and on the host, until `prepare`.
     """
-    model = load_causal_lm(path, compute_dtype(accelerator))
+    model = load_causal_lm(path, compute_dtype(accelerator), weights=loads_weights(accelerator))
     disable_dropout(model)
-    split = split_model(model.to(accelerator.device), config.model.num_layers_unfrozen)
-    for parameter in split.top.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return split
+    if shards_weights(accelerator):
+        sharding.buffers_to(model, accelerator.device)
+    else:
+        model.to(accelerator.device)
+    return make_float32(split_model(model, config.model.num_layers_unfrozen), accelerator)
 
 
-def make_module(split: Split, config: Config) -> ILQLModule:
+def make_module(split: Split, config: Config, accelerator: Accelerator) -> ILQLModule:
     """The module to train, its heads fresh from the run's seed."""
     seed = derive_seed(config.seed, "ilql heads")
     heads = Heads(split.hidden_size, split.vocab_size, config.ilql.two_qs, seed)
-    return ILQLModule(split, heads, config.ilql).to(split.device)
+    return ILQLModule(split, heads.to(accelerator.device), config.ilql)
 
 
-def prepare(module: ILQLModule, config: Config, accelerator: Accelerator) -> tuple[Any, Any]:
+def prepare(module: ILQLModule, split: Split, config: Config, accelerator: Accelerator) -> tuple[Any, Any]:
     """Module and optimiser as accelerate wraps them; the targets stay float32."""
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
@@ -64,6 +61,6 @@ def prepare(module: ILQLModule, config: Config, accelerator: Accelerator) -> tup
         fused=True,
     )
     configure_deepspeed(accelerator, 1, settings.max_grad_norm)  # task.py says which backward pass is a step's last
-    wrapped, prepared = accelerator.prepare(module, optimizer)
-    module.targets.widen()
-    return wrapped, prepared
+    inside = set(module.parameters())
+    trunk = [weight for weight in split.whole.parameters() if weight not in inside]
+    return sharding.prepare(accelerator, module, optimizer, beside=trunk)

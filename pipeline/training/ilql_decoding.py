@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.training.ilql_heads import TargetHeads
+from pipeline.training.split import copied
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def steer(targets: TargetHeads, beta: float, dtype: torch.dtype = torch.float32)
     """Decode by the target heads as they are now; where `dtype` is not theirs, by a copy of them that takes its part
     of memory but is read faster, a token at a time."""
     heads = targets.q_heads
-    return Steering(heads if dtype == torch.float32 else copy.deepcopy(heads).to(dtype), beta)
+    return Steering(heads if dtype == torch.float32 else copied(heads, dtype), beta)
 
 
 def beta_suffix(beta: float) -> str:

@@ -12,15 +12,16 @@ from accelerate import Accelerator
 
 from pipeline.config.schema import Config
 from pipeline.training.batches import split_by_tokens
-from pipeline.training.distributed import compute_dtype
+from pipeline.training.distributed import compute_dtype, shards_weights, whole_weights
 from pipeline.training.heldout import heldout_answers, reward_row
 from pipeline.training.ilql_data import Trajectory
-from pipeline.training.ilql_decoding import beta_suffix, steer
+from pipeline.training.ilql_decoding import Steering, beta_suffix
 from pipeline.training.ilql_model import ILQLModule, merge_statistics, metrics_of
 from pipeline.training.ilql_output import decoding_beta
 from pipeline.training.ranks import Ranks
 from pipeline.training.reward_source import RewardSource
 from pipeline.training.rollout import Sampler
+from pipeline.training.split import copied
 from pipeline.training.task import Task, to_device
 
 if TYPE_CHECKING:
@@ -57,13 +58,15 @@ class Evaluation:
         """One answer to each held-out prompt at each beta of the sweep, the same noise each time, and its reward."""
         self._follow_reward_model(step)
         config, figures = self.config, dict[str, float]()
-        for beta in config.ilql.betas:
-            sampler = replace(self.sampler, adjust=steer(self.module.targets, beta, self._dtype))
-            answers = heldout_answers(
-                sampler, self.preferences, self._baselines, config.evaluate.batch_size, config.seed, self.ranks
-            )
-            assert answers is not None, "nothing stops an evaluation"
-            figures |= {f"{name}{beta_suffix(beta)}": value for name, value in reward_row(answers).items()}
+        heads = self._decoding_heads()
+        with self.sampler.whole_weights():
+            for beta in config.ilql.betas:
+                sampler = replace(self.sampler, adjust=Steering(heads, beta))
+                answers = heldout_answers(
+                    sampler, self.preferences, self._baselines, config.evaluate.batch_size, config.seed, self.ranks
+                )
+                assert answers is not None, "nothing stops an evaluation"
+                figures |= {f"{name}{beta_suffix(beta)}": value for name, value in reward_row(answers).items()}
         reward = figures[f"reward/mean{beta_suffix(decoding_beta(config.ilql))}"]
         if self.ranks.first:
             logger.info("step %d: held-out reward %.4f at beta %g", step, reward, decoding_beta(config.ilql))
@@ -75,18 +78,22 @@ class Evaluation:
         """Losses, V, Q and weights over the held-out answers."""
         parts: list[list[float]] = []
         mine = self.trajectories[self.ranks.rank :: self.ranks.world]
-        for piece in split_by_tokens(mine, self.micro_batch_tokens):
-            tensors = to_device(self.task.collate(piece), self.accelerator.device)
-            with self.accelerator.autocast():
+        with whole_weights(self.accelerator, self.module)(), self.accelerator.autocast():
+            for piece in split_by_tokens(mine, self.micro_batch_tokens):
+                tensors = to_device(self.task.collate(piece), self.accelerator.device)
                 parts.append(self.module(*tensors)[1].tolist())
         everyone = [part for gathered in self.ranks.gather(parts) for part in gathered]
         merged = merge_statistics(torch.tensor(everyone, dtype=torch.float64))
         return metrics_of(merged, sum(row.actions for row in self.trajectories))
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        """Of the copies that decode: what the language model computes in."""
-        return compute_dtype(self.accelerator)
+    def _decoding_heads(self) -> Any:
+        """The target heads in what the language model computes in; under ZeRO-3 a copy, with which memory need not
+        hold them in float32 beside the language model."""
+        heads, dtype = self.module.targets.q_heads, compute_dtype(self.accelerator)
+        if dtype == torch.float32 and not shards_weights(self.accelerator):
+            return heads
+        with whole_weights(self.accelerator, heads)():
+            return copied(heads, dtype)
 
     def _remember(self, step: int, reward: float) -> None:
         self.best.setdefault("first_reward", reward)

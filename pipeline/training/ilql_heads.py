@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.training.sharding import exact_share, own_share
 from pipeline.training.vocabulary import token_logprobs
 
 
@@ -45,7 +46,7 @@ class Heads(nn.Module):
         heads: Iterable[Any] = self.q_heads
         for head in heads:
             features = _features(head, hidden)
-            q.append(taken_outputs(head[2], features, actions))
+            q.append(head[2](features, actions))
             nll.append(-token_logprobs(head[2], features, actions, 1.0, False)[0])
         return torch.stack(q), torch.stack(nll)
 
@@ -56,15 +57,12 @@ class TargetHeads(nn.Module):
     Parameters, and not buffers, so that a data-parallel wrapper saves them but does not send them around at each step.
     """
 
-    moves_without_gradients = True  # a checkpoint holds them, frozen as they are
+    moves_without_gradients = True  # a checkpoint holds them, and no wrapper may round them: see `sharding.py: moving`
 
     def __init__(self, heads: Heads) -> None:
         super().__init__()
         self.q_heads = copy.deepcopy(heads.q_heads).requires_grad_(False)
-        self.widen()
-
-    def widen(self) -> None:
-        """Back to float32 if a wrapper has cast them: bf16 would swallow a synchronisation of 1e-4 whole."""
+        # bf16 would swallow a synchronisation of 1e-4 whole
         self.q_heads.to(torch.promote_types(self.dtype, torch.float32))
 
     @property
@@ -78,15 +76,29 @@ class TargetHeads(nn.Module):
 
     @torch.no_grad()
     def sync(self, heads: Heads, alpha: float) -> None:
-        """Polyak averaging: target = alpha * trained + (1 - alpha) * target."""
+        """Polyak averaging: target = alpha * trained + (1 - alpha) * target. Under ZeRO-3 each rank moves its share."""
         pairs = zip(self.q_heads.parameters(), heads.q_heads.parameters(), strict=True)
         for target, trained in pairs:
-            target.lerp_(trained.detach().to(target.dtype), alpha)
+            with own_share(target) as share:
+                share.lerp_(exact_share(trained).to(share.dtype), alpha)
+
+
+class RowLinear(nn.Linear):
+    """A linear layer that also gives some outputs alone; in its forward, for which ZeRO-3 gathers its weights."""
+
+    def forward(self, inputs: Tensor, ids: Tensor | None = None) -> Tensor:
+        """All outputs (n, V) at `inputs` (n, H), or only those of `ids` (n,): dot products with their rows of weights,
+        in at least float32."""
+        if ids is None:
+            return super().forward(inputs)
+        wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+        rows = F.embedding(ids, self.weight)  # (n, H); its gradient is summed by row, in a fixed order
+        return (wide * rows.to(wide.dtype)).sum(dim=-1) + self.bias[ids].to(wide.dtype)
 
 
 def make_head(hidden_size: int, outputs: int) -> nn.Sequential:
     """Linear(H, 2H) - ReLU - Linear(2H, outputs), the last layer at zero."""
-    first, last = nn.Linear(hidden_size, 2 * hidden_size), nn.Linear(2 * hidden_size, outputs)
+    first, last = nn.Linear(hidden_size, 2 * hidden_size), RowLinear(2 * hidden_size, outputs)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     return nn.Sequential(first, nn.ReLU(), last)
@@ -94,14 +106,7 @@ def make_head(hidden_size: int, outputs: int) -> nn.Sequential:
 
 def taken_values(q_heads: Iterable[Any], hidden: Tensor, actions: Tensor) -> Tensor:
     """Each head's output (heads, n) for `actions` (n,) alone, in at least float32."""
-    return torch.stack([taken_outputs(head[2], _features(head, hidden), actions) for head in q_heads])
-
-
-def taken_outputs(layer: nn.Linear, inputs: Tensor, ids: Tensor) -> Tensor:
-    """Outputs (n,) of `ids` (n,) at `inputs` (n, H): dot products with their rows of weights, in at least float32."""
-    wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
-    rows = F.embedding(ids, layer.weight)  # (n, H); its gradient is summed by row, in a fixed order
-    return (wide * rows.to(wide.dtype)).sum(dim=-1) + layer.bias[ids].to(wide.dtype)
+    return torch.stack([head[2](_features(head, hidden), actions) for head in q_heads])
 
 
 def _features(head: Any, hidden: Tensor) -> Tensor:  # (n, H) -> (n, 2H)

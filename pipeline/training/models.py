@@ -21,13 +21,17 @@ _NEW_HEAD = {"score.weight"}
 _LM_HEADS = {"lm_head.weight", "lm_head.bias", "embed_out.weight"}
 
 
-def load_causal_lm(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+def load_causal_lm(path: Path, dtype: torch.dtype, *, weights: bool = True) -> PreTrainedModel:
     """Load a causal language model from a folder, offline.
 
-    UserError when the folder holds no model, or weights are missing, left over or of another shape.
+    Without `weights` what is in the model has the weights' shapes, takes no memory, and is to be replaced
+    (`sharding.py: spread`). UserError when the folder holds no model, or weights are missing, left over or of another
+    shape.
     """
     from transformers import AutoModelForCausalLM
 
+    if not weights:
+        return _without_weights(AutoModelForCausalLM, path, dtype)
     model, info = _load(AutoModelForCausalLM, path, dtype)
     missing = set(info["missing_keys"])
     if getattr(model.config, "tie_word_embeddings", False):
@@ -37,19 +41,21 @@ def load_causal_lm(path: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def load_reward_model(
-    path: Path, dtype: torch.dtype, *, new_head: bool = False, attention: str | None = None
+    path: Path, dtype: torch.dtype, *, new_head: bool = False, attention: str | None = None, weights: bool = True
 ) -> PreTrainedModel:
     """Load a one-label sequence classification model (its `score` head gives the reward) from a folder, offline.
 
     With `new_head` the folder may hold a causal language model: its LM head is dropped and a fresh score head is
-    drawn from torch's default generator. `attention` names the implementation ("eager", "sdpa"). UserError when the
-    weights do not fit or there is more than one label.
+    drawn from torch's default generator. `attention` names the implementation ("eager", "sdpa"), `weights` is as for
+    `load_causal_lm`. UserError when the weights do not fit or there is more than one label.
     """
     from transformers import AutoModelForSequenceClassification
 
     options: dict[str, Any] = {"num_labels": 1} if new_head else {}
     if attention is not None:
         options["attn_implementation"] = attention
+    if not weights:
+        return _without_weights(AutoModelForSequenceClassification, path, dtype, **options)
     model, info = _load(AutoModelForSequenceClassification, path, dtype, **options)
     if model.config.num_labels != 1:
         raise UserError(f"{path}: a model with {model.config.num_labels} labels; a reward model has exactly one")
@@ -104,6 +110,29 @@ def _load(auto: Any, path: Path, dtype: torch.dtype, **options: Any) -> tuple[Pr
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: cannot be loaded as {auto.__name__} ({reason}); give a model's folder") from error
+
+
+def _without_weights(auto: Any, path: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    """The model that the folder's config.json describes, with real buffers, and parameters of one number each.
+
+    These are not on the meta device, whose tensors cannot be replaced by others.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    labels = {key: options.pop(key) for key in ("num_labels",) if key in options}
+    config = AutoConfig.from_pretrained(path, local_files_only=True, **labels)
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = auto.from_config(config, dtype=dtype, **options)
+    model.tie_weights()
+    placeholders: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                number = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
+                module._parameters[name] = placeholders.setdefault(id(weight), nn.Parameter(number))
+    return model.eval()
 
 
 def _check_keys(path: Path, info: dict[str, Any], missing: set[str], unexpected: set[str]) -> None:

@@ -139,7 +139,7 @@ def assemble(
     if config.ppo.critic == "model":
         critic = load_critic(rewards_from, split.device, bias=-mean_baseline(data))
     policy, optimizer = prepare(split, reference, config, accelerator, critic)
-    sampler = replace(sampler, whole_weights=whole_weights(accelerator, policy))
+    sampler = replace(sampler, whole_weights=whole_weights(accelerator, split.top))
     total = config.train.total_steps
     updater = Updater(
         accelerator,

@@ -35,6 +35,7 @@ from pipeline.training.model_card import Card, write_card
 from pipeline.training.models import check_positions, disable_dropout, load_reward_model
 from pipeline.training.packing import additive
 from pipeline.training.report_once import run_rank
+from pipeline.training.sharding import loads_weights
 from pipeline.training.supervised import hidden_states, start, train
 from pipeline.training.task import Task
 
@@ -178,7 +179,8 @@ def main(argv: list[str] | None = None) -> int:
     check_positions(base, "reward_model.max_length", settings.max_length)
     examples = make_pairs(read_split(run, "train"), tokenizer, settings.max_length)
     heldout = make_pairs(read_split(run, "test"), tokenizer, settings.max_length)
-    model = load_reward_model(base, torch.float32, new_head=True)
+    weights = loads_weights(session.accelerator)
+    model = load_reward_model(base, torch.float32, new_head=True, weights=weights)
     disable_dropout(model)
     pad = pad_id(tokenizer)
     model.config.pad_token_id = pad  # Hugging Face's own pooling needs it for batches

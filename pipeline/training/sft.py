@@ -32,6 +32,7 @@ from pipeline.training.model_card import Card, write_card, write_generation_conf
 from pipeline.training.models import check_positions, disable_dropout, load_causal_lm
 from pipeline.training.packing import PackedRow, block_mask, pack, positions_and_segments
 from pipeline.training.report_once import run_rank
+from pipeline.training.sharding import loads_weights
 from pipeline.training.supervised import hidden_states, start, train
 from pipeline.training.task import Task
 
@@ -148,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     check_positions(base, "sft.max_length", settings.max_length)
     examples = make_dialogues(read_split(run, "train"), tokenizer, settings)
     heldout = make_dialogues(read_split(run, "test"), tokenizer, settings)
-    model = load_causal_lm(base, torch.float32)
+    model = load_causal_lm(base, torch.float32, weights=loads_weights(session.accelerator))
     disable_dropout(model)
     tokens = sum(dialogue.loss_tokens for dialogue in heldout)
 

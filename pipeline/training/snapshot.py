@@ -14,6 +14,8 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pipeline.training.sharding import moving
+
 WEIGHTS, OPTIMIZER, SCHEDULER = "model{}.safetensors", "optimizer{}.bin", "scheduler{}.bin"
 SCALER = "scaler.pt"
 GENERATORS = "random_states_{}.bin"
@@ -138,18 +140,13 @@ def _set_generators(states: Mapping[str, Any]) -> None:
 def _without_frozen(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state without the weights that stay as they are: they come from where training started.
 
-    A part that changes without gradients (ILQL's target heads) says so by an attribute `moves_without_gradients`.
+    Those that move without gradients (ILQL's target heads) are in it.
     """
-    moving = {
-        id(weight)
-        for part in module.modules()
-        if getattr(part, "moves_without_gradients", False)
-        for weight in part.parameters()
-    }
+    wanted = moving(module)
     frozen = {
         name
         for name, weight in module.named_parameters(remove_duplicate=False)
-        if not weight.requires_grad and id(weight) not in moving
+        if not weight.requires_grad and weight not in wanted
     }
     return {name: value for name, value in state.items() if name not in frozen}
 

@@ -234,6 +234,16 @@ def alias_tree(module: nn.Module) -> Any:
     return twin
 
 
+def copied(module: nn.Module, dtype: torch.dtype) -> Any:
+    """A frozen copy of `module` in `dtype`, weight by weight, so that memory holds no third one."""
+    twin = alias_tree(module)
+    for part in twin.modules():
+        for name, weight in part._parameters.items():
+            if weight is not None:
+                part._parameters[name] = nn.Parameter(weight.detach().to(dtype, copy=True), requires_grad=False)
+    return twin
+
+
 def _renumber(layer: nn.Module, index: int) -> nn.Module:
     """An alias of `layer` that keeps its keys and values at place `index` of a cache."""
     twin: nn.Module = alias_tree(layer)

@@ -25,6 +25,7 @@ from pipeline.data.publish import push_if_asked
 from pipeline.run import atomic, hashing
 from pipeline.run.directory import RunDir
 from pipeline.run.work import Progress, parse_work, write_result
+from pipeline.training import sharding
 from pipeline.training.batches import E, epoch_steps
 from pipeline.training.best import Best
 from pipeline.training.checkpoint import Checkpoints
@@ -141,8 +142,7 @@ def freeze_bottom(model: PreTrainedModel, fraction: float) -> int:
 def prepare(accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
     """Module and optimiser as accelerate wraps them."""
     configure_deepspeed(accelerator, 1, MAX_GRAD_NORM)  # task.py says which backward pass is a step's last
-    wrapped, prepared = accelerator.prepare(module, optimizer)
-    return wrapped, prepared
+    return sharding.prepare(accelerator, module, optimizer)
 
 
 def course_of(settings: Supervised, examples: int, seed: int, shuffled: bool = True) -> Course:
