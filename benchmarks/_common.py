@@ -81,7 +81,7 @@ SHAPES = {
     "peers": Shape("gpt_neox", 256, 12, 4),
     "160m": Shape("gpt_neox", 768, 12, 12),
     "gptj-tiny": Shape("gptj", 32, 3, 2),
-    "gptj-narrow": Shape("gptj", 128, 28, 4),
+    "gptj-narrow": Shape("gptj", 256, 28, 4),
     "gptj-6b": Shape("gptj", 4096, 28, 16),
 }
 """The demo's reward model is of the shape "demo"; with 8192 tokens "peers" has 13.7 million parameters."""

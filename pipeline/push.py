@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, help="the run directory")
     parser.add_argument("--to", metavar="OWNER/NAME", help="the repository; by default output.push_to_hub")
-    parser.add_argument("--best", action="store_true", help="the model of the best held-out figure, not the last one")
+    parser.add_argument("--best", action="store_true", help="the policy of the best held-out reward, not the last one")
     arguments = parser.parse_args(argv)
     run = open_run(arguments.run)
     config = read_config(run.root)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -33,6 +35,27 @@ def test_a_slot_keeps_each_position_in_its_column_and_moves_as_one() -> None:
     assert torch.equal(keys[0], torch.cat([prompts[1], new[0]], dim=1))
     assert torch.equal(keys[1, :, :4], torch.cat([prompts[0, :, :3], new[1]], dim=1))
     assert torch.equal(values, -keys) and not keys[1, :, 4].any()
+
+
+def test_keys_and_values_are_gone_with_the_last_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the next batch needs their place, and Python's collector may take its time."""
+    stores = list[weakref.ref[torch.Tensor]]()
+    kept = SlotCache.store
+
+    def store(self: SlotCache, layer: int, like: torch.Tensor) -> torch.Tensor:
+        part = kept(self, layer, like)
+        assert self._store is not None
+        stores.append(weakref.ref(self._store))
+        return part
+
+    monkeypatch.setattr(SlotCache, "store", store)
+    split, generator = split_model(tiny_model(), 1), torch.Generator().manual_seed(0)
+    gc.disable()
+    try:
+        answers = decode(split, [[5, 6], [7]], Generate(max_new_tokens=4), StopSequences(tokenizer(), []), 0, generator)
+        assert answers and stores and not any(reference() is not None for reference in stores)
+    finally:
+        gc.enable()
 
 
 def test_segments_cost_least() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.config.methods import PPO
 from pipeline.training.advantages import ESTIMATORS, grpo, rloo
-from pipeline.training.baselines import cancel
+from pipeline.training.baselines import baselines_cancel
 from pipeline.training.control import RunningMoments, scale_of
 from pipeline.training.dense import Scores, shaped
 from pipeline.training.losses import SUMS, Tokens, ppo_loss
@@ -185,14 +185,14 @@ def test_baselines_cancel_exactly_where_that_is_said(
     exp: Experience, kind: str, more: dict[str, object], cancels: bool
 ) -> None:
     ppo = settings(advantage=kind, group_size=4, **more)
-    assert cancel(ppo) is cancels
+    assert baselines_cancel(ppo) is cancels
     with_them, without = shaped_targets(exp, ppo, BASELINES), shaped_targets(exp, ppo, [0.0, 0.0])
     assert torch.allclose(with_them, without, atol=1e-5) is cancels
 
 
 def test_a_value_function_learns_from_the_baselines(exp: Experience) -> None:
     ppo = settings(scale_reward="none", cliprange_reward=None)
-    assert not cancel(ppo)
+    assert not baselines_cancel(ppo)
     assert not torch.allclose(shaped_targets(exp, ppo, BASELINES), shaped_targets(exp, ppo, [0.0, 0.0]), atol=1e-2)
 
 

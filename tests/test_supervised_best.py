@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from helpers_supervised import TREE, configure, make_run, own_process_state, same_weights
@@ -21,6 +23,7 @@ from pipeline.run.sources import compared_paths, policy_start_path, reward_model
 from pipeline.stages.base import digest
 from pipeline.stages.execute import link_artifacts
 from pipeline.training import fit, reward_model, sft
+from pipeline.training.best import Best
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.checkpoint_files import all_checkpoints, rotate
 from pipeline.training.metrics import read_rows
@@ -105,6 +108,15 @@ def test_the_best_is_the_model_of_a_training_that_ends_there_whatever_interrupts
     assert work(run, method, "short")[0] == 0
     assert result(run.root / "short")["artifacts"] == {"model": "model", "best": "model"}  # its last is its best
     assert same_weights(run.root / "short", best) and not (run.root / "short" / "best").exists()
+
+
+def test_a_loss_that_is_no_number_is_not_the_best_for_ever() -> None:
+    kept = list[int]()
+    checkpoints = SimpleNamespace(save_best=lambda accelerator, step, figure: kept.append(step))
+    best = Best(cast(Any, None), cast(Any, checkpoints), keep=True, total_steps=9)
+    for step, loss in enumerate((math.nan, 2.0, 2.0, math.nan, 1.0)):
+        best.consider(step, {"loss": loss})
+    assert best.step == 4 and kept == [0, 1, 4]
 
 
 def test_best_weights_that_are_gone_are_an_error(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

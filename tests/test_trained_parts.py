@@ -9,25 +9,30 @@ from typing import Any, cast
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
 from helpers_ppo import ARCHITECTURES, config_of, make_run, tiny_config, tiny_model
 from helpers_process import fresh_accelerate, own_process_state  # noqa: F401
 from helpers_update import ALONE, SCORES, TEMPERATURE, phase, rollouts, settings, updater
 from test_ppo_experience import whole_model_logprobs
 from transformers import AutoModelForCausalLM, GPTNeoXForSequenceClassification
 
+from pipeline.config.methods import SFT
 from pipeline.config.schema import LoRA
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.stages.launch import accelerate_config, precision_of
-from pipeline.training import ppo
+from pipeline.training import ilql_assemble, ppo
 from pipeline.training.adapters import add_adapters, merged_weights, shared_reference, whole_with_merged
 from pipeline.training.critic import Critic, load_critic
 from pipeline.training.critic_warmup import RATE, parameter_groups
-from pipeline.training.distributed import was_skipped
+from pipeline.training.distributed import configure_deepspeed, may_fuse, was_skipped
 from pipeline.training.experience import Packing, collate
 from pipeline.training.microbatches import Limits
 from pipeline.training.policy import Policy
 from pipeline.training.split import Split, split_model
+from pipeline.training.supervised import make_optimizer
 from pipeline.training.update import targets_of
 
 LORA = LoRA(rank=2, alpha=6.0)
@@ -200,6 +205,47 @@ def test_a_step_that_fp16_leaves_out_is_no_fault_until_the_scale_is_used_up() ->
     assert skips("fp16", 1024.0, True) and not skips("fp16", 1024.0, False) and not skips("no", 0.0, True)
     with pytest.raises(UserError, match=r"^train: fp16 gradients overflow at the smallest loss scale; take"):
         skips("fp16", 0.5, True)
+
+
+def test_accelerate_sees_the_steps_that_fp16s_scaler_leaves_out() -> None:
+    """torch's fused AdamW leaves them out by itself, and unseen."""
+    fresh_accelerate()
+    Accelerator(cpu=True)
+    layer, scaler = torch.nn.Linear(2, 1), torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    accelerator = cast(Any, SimpleNamespace(mixed_precision="fp16", scaler=scaler))
+    assert not may_fuse(accelerator) and may_fuse(cast(Any, SimpleNamespace(scaler=None)))
+    inner = make_optimizer(layer, SFT(), fused=may_fuse(accelerator))
+    optimizer = AcceleratedOptimizer(inner, device_placement=False, scaler=scaler)
+    seen = []
+    for factor in (1.0, float("inf"), 1.0):
+        before = layer.weight.detach().clone()
+        scaler.scale(layer(torch.ones(1, 2)).sum() * factor).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append((was_skipped(accelerator, optimizer), torch.equal(before, layer.weight)))
+    assert seen == [(False, False), (True, True), (False, False)]
+    fresh_accelerate()
+
+
+def test_deepspeed_without_masters_is_refused() -> None:
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=0, deepspeed_config={}))
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, state=state)
+    with pytest.raises(UserError, match=r"^accelerate_config: DeepSpeed's zero_stage 0 has no float32 masters"):
+        configure_deepspeed(cast(Any, accelerator), 1, 1.0)
+
+
+def test_ilql_does_not_spread_a_head_that_the_frozen_layers_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    monkeypatch.setattr(ilql_assemble, "shards_weights", lambda accelerator: True)
+    monkeypatch.setattr(ilql_assemble, "loads_weights", lambda accelerator: True)
+    accelerator = cast(Any, SimpleNamespace(mixed_precision="no", device=torch.device("cpu"), distributed_type=None))
+    with pytest.raises(
+        UserError, match=r"^train\.accelerate_config: ZeRO-3 would spread the head, which is the embedding"
+    ):
+        ilql_assemble.load_split(tmp_path, tiny_config(model={"num_layers_unfrozen": 1}), accelerator)
+    assert ilql_assemble.load_split(tmp_path, tiny_config(model={"num_layers_unfrozen": -1}), accelerator).tied
 
 
 @pytest.mark.parametrize(

@@ -176,13 +176,14 @@ def test_buffers_go_to_the_device_before_the_weights_do(config: Any) -> None:
 def test_masters_and_moments_leave_a_gpu_that_whole_weights_would_crowd(
     free: int, leaves: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a GPU of 1200 bytes all but `free` are in use; the whole weight would take 400."""
+    """Of what a GPU has left, `free` bytes, torch holds 100; the whole weight would take 400."""
     master = torch.nn.Parameter(torch.ones(50))
     optimizer = torch.optim.AdamW([master])
     master.sum().backward()
     optimizer.step()
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 1200))
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1200 - free)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free - 100, 1200))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 150)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 50)
     accelerator: Any = SimpleNamespace(device=torch.device("cuda"), _optimizers=[optimizer])
     moments = (optimizer.state[master]["exp_avg"], optimizer.state[master]["exp_avg_sq"])
     found = state_in_the_way(accelerator, [SimpleNamespace(ds_numel=200, element_size=lambda: 2)])

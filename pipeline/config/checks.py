@@ -153,7 +153,7 @@ def _check_embedded(config: Config) -> None:
 def _check_model(config: Config, stages: Collection[str]) -> None:
     """Refuse lengths and layers that the model does not have, as far as they are known before anything is fetched."""
     size = _policy_size(config)
-    if "train" in stages:
+    if not SAMPLING.isdisjoint(stages):
         _check_layers(config.model.num_layers_unfrozen, size)
     lengths = {"train.seq_length": config.train.seq_length} if not SAMPLING.isdisjoint(stages) else {}
     if "sft" in stages:

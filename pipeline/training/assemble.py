@@ -18,6 +18,7 @@ from pipeline.training.critic_warmup import parameter_groups
 from pipeline.training.distributed import (
     compute_dtype,
     configure_deepspeed,
+    may_fuse,
     shards_weights,
     uses_deepspeed,
     whole_weights,
@@ -85,7 +86,7 @@ def prepare(
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
-        fused=True,
+        fused=may_fuse(accelerator),
     )
     configure_deepspeed(accelerator, config.train.micro_batch_size or config.train.batch_size, settings.max_grad_norm)
     if uses_deepspeed(accelerator):

@@ -98,7 +98,7 @@ def baseline_scores(
     return {rows[place]: known[keys[place]] for place in places}
 
 
-def cancel(ppo: PPO) -> bool:
+def baselines_cancel(ppo: PPO) -> bool:
     """Whether no advantage depends on what a prompt's scores are measured from, so that nobody needs to know it.
 
     RLOO and GRPO compare the returns of one prompt's answers, and all of them are short of the same baseline. Two

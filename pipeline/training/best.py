@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ class Best:
 
     def consider(self, step: int, figures: dict[str, float]) -> None:
         """Remember an evaluation after `step` steps if it is better. The weights of the last step are at hand."""
-        if self.state and not figures["loss"] < self.figures["loss"]:
+        if self.state and not (figures["loss"] < self.figures["loss"] or math.isnan(self.figures["loss"])):
             return
         self.state |= {"best_step": step, "figures": figures}
         if self.keep and step < self.total_steps:

@@ -8,6 +8,7 @@ to compute the trunk again.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -84,7 +85,7 @@ def decode(
     luck = luck_of(len(prompts), generate.max_new_tokens, generator)
     batch = _Batch(split, prompts, generate, min(side_by_side or len(prompts), len(prompts)), luck)
     done: dict[int, Response] = {}
-    with ragged_attention(split.trunk, split.top):
+    with contextlib.closing(batch), ragged_attention(split.trunk, split.top):
         for step in itertools.count():
             if not (waiting or batch.rows) or (stop is not None and step % STOP_INTERVAL == 0 and stop()):
                 break
@@ -125,6 +126,11 @@ class _Batch:
         self._row = self._position = self._count = self._token = empty
         self._hidden: Tensor | None = None  # (b, H): behind the final norm, where the next ids come from
         self._states: Tensor | None = None  # (slots, length, ...): the trunk's output
+
+    def close(self) -> None:
+        """Give the memory of keys and values back."""
+        for cache in self._caches:
+            cache.release()
 
     def refill(self, waiting: deque[int]) -> None:
         """Let the next prompts of the queue in, once an eighth of the places is free: together they cost less."""

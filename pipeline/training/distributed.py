@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from pipeline.errors import UserError
 
 MIN_LOSS_SCALE = 1.0
 """Of fp16: gradients that overflow even without being scaled up are no matter of the scale."""
+_gathered: ContextVar[bool] = ContextVar("gathered", default=False)
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -40,14 +42,17 @@ def shards_weights(accelerator: Accelerator) -> bool:
 def configure_deepspeed(accelerator: Accelerator, micro_batch_size: int, max_grad_norm: float) -> None:
     """Give DeepSpeed what the run's configuration says, in place of what its config file may."""
     if uses_deepspeed(accelerator):
+        if not accelerator.state.deepspeed_plugin.zero_stage:
+            raise UserError(
+                "accelerate_config: DeepSpeed's zero_stage 0 has no float32 masters of weights; take 1, 2, 3, or ddp"
+            )
         plugin = accelerator.state.deepspeed_plugin.deepspeed_config
         plugin["train_micro_batch_size_per_gpu"] = micro_batch_size
         plugin["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps
         plugin["gradient_clipping"] = max_grad_norm
-        if accelerator.state.deepspeed_plugin.zero_stage:  # without ZeRO it knows no two dtypes
-            # Else gradients are summed over forwards, and over ranks, in the 16 bits that they are computed in.
-            plugin.setdefault("data_types", {})["grad_accum_dtype"] = "fp32"
-            plugin["communication_data_type"] = "fp32"
+        # Else gradients are summed over forwards, and over ranks, in the 16 bits that they are computed in.
+        plugin.setdefault("data_types", {})["grad_accum_dtype"] = "fp32"
+        plugin["communication_data_type"] = "fp32"
         # Else ZeRO-3 refuses to give its weights away, as the best ones are to be kept.
         plugin["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
 
@@ -68,17 +73,24 @@ def whole_weights(accelerator: Accelerator, module: nn.Module) -> Callable[[], A
         import deepspeed
 
         weights = list(module.parameters())
-        state = state_in_the_way(accelerator, weights)
-        for tensor in state:
+        state = [(tensor, tensor.device) for tensor in state_in_the_way(accelerator, weights)]
+        for tensor, _ in state:
             tensor.data = tensor.data.to("cpu")
+        token = _gathered.set(True)
         try:
             with deepspeed.zero.GatheredParameters(weights):
                 yield
         finally:
-            for tensor in state:
-                tensor.data = tensor.data.to(accelerator.device)
+            _gathered.reset(token)
+            for tensor, device in state:
+                tensor.data = tensor.data.to(device)
 
     return gathered
+
+
+def in_whole_weights() -> bool:
+    """Whether `whole_weights` holds: no forward meets the other ranks then, and each may make as many as it likes."""
+    return _gathered.get()
 
 
 def state_in_the_way(accelerator: Accelerator, weights: Sequence[Any]) -> list[Tensor]:
@@ -89,7 +101,8 @@ def state_in_the_way(accelerator: Accelerator, weights: Sequence[Any]) -> list[T
     if accelerator.device.type != "cuda":
         return []
     size = sum(weight.ds_numel * weight.element_size() for weight in weights if hasattr(weight, "ds_numel"))
-    left = torch.cuda.mem_get_info(accelerator.device)[1] - torch.cuda.memory_allocated(accelerator.device)
+    own = torch.cuda.memory_reserved(accelerator.device) - torch.cuda.memory_allocated(accelerator.device)
+    left = torch.cuda.mem_get_info(accelerator.device)[0] + own  # others may be on the GPU, too
     if size <= left / 2:
         return []
     state = [item for optimizer in accelerator._optimizers for item in optimizer.state.items()]
@@ -105,6 +118,12 @@ def backward(accelerator: Accelerator, loss: Tensor) -> None:
         if "loss scale already at minimum" in str(error):
             raise _scale_error() from error
         raise
+
+
+def may_fuse(accelerator: Accelerator) -> bool:
+    """Whether AdamW may be torch's fused kernel. That takes fp16's scaler in and leaves steps out by itself, so that
+    accelerate, which counts calls, would not see it."""
+    return accelerator.scaler is None
 
 
 def was_skipped(accelerator: Accelerator, optimizer: Any) -> bool:

@@ -9,15 +9,16 @@ import torch
 from accelerate import Accelerator
 
 from pipeline.config.schema import Config
+from pipeline.errors import UserError
 from pipeline.training import sharding
 from pipeline.training.assemble import make_float32
-from pipeline.training.distributed import compute_dtype, configure_deepspeed, shards_weights
+from pipeline.training.distributed import compute_dtype, configure_deepspeed, may_fuse, shards_weights
 from pipeline.training.ilql_heads import Heads
 from pipeline.training.ilql_model import ILQLModule
 from pipeline.training.models import disable_dropout, load_causal_lm
 from pipeline.training.prompts import derive_seed
 from pipeline.training.sharding import loads_weights
-from pipeline.training.split import Split, split_model
+from pipeline.training.split import NoTrunk, Split, split_model
 
 
 def repeat_on_cpu(accelerator: Accelerator) -> None:
@@ -39,7 +40,13 @@ def load_split(path: Path, config: Config, accelerator: Accelerator) -> Split:
         sharding.buffers_to(model, accelerator.device)
     else:
         model.to(accelerator.device)
-    return make_float32(split_model(model, config.model.num_layers_unfrozen), accelerator)
+    split = split_model(model, config.model.num_layers_unfrozen)
+    if split.tied and shards_weights(accelerator) and not isinstance(split.trunk, NoTrunk):
+        raise UserError(
+            "train.accelerate_config: ZeRO-3 would spread the head, which is the embedding below the frozen layers; "
+            "take zero2-bf16, or model.num_layers_unfrozen = -1"
+        )
+    return make_float32(split, accelerator)
 
 
 def make_module(split: Split, config: Config, accelerator: Accelerator) -> ILQLModule:
@@ -58,7 +65,7 @@ def prepare(module: ILQLModule, split: Split, config: Config, accelerator: Accel
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
-        fused=True,
+        fused=may_fuse(accelerator),
     )
     configure_deepspeed(accelerator, 1, settings.max_grad_norm)  # task.py says which backward pass is a step's last
     inside = set(module.parameters())

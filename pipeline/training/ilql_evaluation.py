@@ -57,6 +57,14 @@ class Evaluation:
     def evaluate(self, step: int) -> dict[str, float]:
         """One answer to each held-out prompt at each beta of the sweep, the same noise each time, and its reward."""
         self._follow_reward_model(step)
+        config, figures = self.config, self._of_each_beta()
+        reward = figures[f"reward/mean{beta_suffix(decoding_beta(config.ilql))}"]
+        if self.ranks.first:
+            logger.info("step %d: held-out reward %.4f at beta %g", step, reward, decoding_beta(config.ilql))
+        self._remember(step, reward)
+        return {**figures, **{f"heldout/{name}": value for name, value in self.of_answers().items()}}
+
+    def _of_each_beta(self) -> dict[str, float]:
         config, figures = self.config, dict[str, float]()
         heads = self._decoding_heads()
         with self.sampler.whole_weights():
@@ -67,11 +75,7 @@ class Evaluation:
                 )
                 assert answers is not None, "nothing stops an evaluation"
                 figures |= {f"{name}{beta_suffix(beta)}": value for name, value in reward_row(answers).items()}
-        reward = figures[f"reward/mean{beta_suffix(decoding_beta(config.ilql))}"]
-        if self.ranks.first:
-            logger.info("step %d: held-out reward %.4f at beta %g", step, reward, decoding_beta(config.ilql))
-        self._remember(step, reward)
-        return {**figures, **{f"heldout/{name}": value for name, value in self.of_answers().items()}}
+        return figures
 
     @torch.no_grad()
     def of_answers(self) -> dict[str, float]:

@@ -39,6 +39,12 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers has no types
         """Make room for `rows` sequences of up to `length` positions; memory is taken at the first forward."""
         self._rows, self._length, self._store = rows, length, None
 
+    def release(self) -> None:
+        """Give the memory back at once: cache and layers know each other, and would wait for Python's collector."""
+        self._store = None
+        for layer in self.layers:
+            layer.keys = layer.values = None
+
     def fill(self, first: int) -> None:
         """The next forward brings prompts for the slots from `first` on."""
         self.first, self.positions = first, None

@@ -2,7 +2,8 @@
 
 Of a dialogue only the answer's positions meet the head (of a pair that a reward model reads, only the two last ones).
 What the last layer says of the prompt is then read by nobody, but for the keys and values that the answer looks at. So
-its queries, its output projection and its MLP, 10 of a layer's 12 H^2 weights, run at the positions that are wanted.
+its queries, its output projection and its MLP, 10 of a layer's 12 H^2 weights (9 where queries, keys and values are
+one matrix), run at the positions that are wanted.
 With two layers trained over cached states and prompts as long as answers that is a fifth of an update's arithmetic.
 """
 

@@ -192,7 +192,7 @@ def load_data(run: RunDir, config: Config, sampler: Sampler, ranks: Ranks, progr
     shared = config.serving.baseline_cache
     cache = Path(shared).expanduser() if shared else run.root / "cache"
     ours = None
-    if not baselines.cancel(config.ppo):
+    if not baselines.baselines_cancel(config.ppo):
         steps = 1 if config.ppo.max_update_kl else steps_per_phase(config)  # a phase that ends early has at least one
         phases = -(-config.train.total_steps // steps)
         ours = scores(

@@ -1,7 +1,8 @@
 """Modules that DeepSpeed trains: handed over exactly, and under ZeRO-3 spread over the ranks weight by weight.
 
 DeepSpeed rounds a module's weights to 16 bits and makes its float32 masters from what is left. Here the masters get
-the weights as they were. Under ZeRO-3 rank 0 alone reads a checkpoint, and no rank ever holds all of its weights.
+the weights as they were. Under ZeRO-3 rank 0 alone reads the checkpoint of SFT, a reward model or ILQL, into the host's
+memory, and no device holds all of its weights before they are asked for (`whole_weights`).
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def own_share(weight: Any) -> Iterator[Tensor]:
 
 
 def exact_share(weight: nn.Parameter) -> Tensor:
-    """The same of a trained weight, to read; under ZeRO-3 from its float32 master."""
+    """The same of a trained weight, to read: under ZeRO-3 from its float32 master, else the weight itself, which under
+    ZeRO-2 has 16 bits."""
     if not hasattr(weight, "ds_tensor"):
         return weight.detach()
     from deepspeed.utils import safe_get_local_fp32_param

@@ -29,7 +29,7 @@ from pipeline.training import sharding
 from pipeline.training.batches import E, epoch_steps
 from pipeline.training.best import Best
 from pipeline.training.checkpoint import Checkpoints
-from pipeline.training.distributed import configure_deepspeed, uses_deepspeed
+from pipeline.training.distributed import configure_deepspeed, may_fuse, uses_deepspeed
 from pipeline.training.fit import Course, Hooks, Keeping, Loop
 from pipeline.training.last_layer import last_layer_at
 from pipeline.training.metrics import Row, read_rows
@@ -110,13 +110,13 @@ def learning_rate(step: int, total: int, settings: Supervised) -> float:
     return settings.lr * (0.1 + 0.9 * left[settings.scheduler])
 
 
-def make_optimizer(module: nn.Module, settings: Supervised) -> torch.optim.AdamW:
+def make_optimizer(module: nn.Module, settings: Supervised, fused: bool = True) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only, not on biases and norms."""
     matrices = [parameter for parameter in module.parameters() if parameter.requires_grad and parameter.ndim >= 2]
     vectors = [parameter for parameter in module.parameters() if parameter.requires_grad and parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=fused)
 
 
 def freeze_bottom(model: PreTrainedModel, fraction: float) -> int:
@@ -192,7 +192,7 @@ def train(
         run_id(session.run.root, name),
     )
     freeze_bottom(model, settings.frozen_fraction)
-    wrapped, optimizer = prepare(accelerator, module, make_optimizer(module, settings))
+    wrapped, optimizer = prepare(accelerator, module, make_optimizer(module, settings, may_fuse(accelerator)))
     course = course_of(settings, len(examples), session.config.seed, shuffled)
     keeping = Keeping(
         Checkpoints(

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.training.distributed import in_whole_weights
+
 MAX_LOGITS = 2**25
 """Logits that exist at a time, per pass: 128 MiB in float32, 665 positions of GPT-J's vocabulary."""
 
@@ -27,9 +29,9 @@ def token_logprobs(
     """Log-probabilities (n,) of `targets` under softmax(head(hidden) / temperature), and entropies (n,), in float32.
 
     Both carry gradients. `head` is a linear module, called as one, so that whatever wraps it (ZeRO-3's gathering,
-    adapters) takes part; under ZeRO-3 all ranks are to come here at the same time. The temperature belongs to the
-    policy that was sampled from. Top-k and top-p do not enter: they only shorten the tail of what is sampled, as in
-    trlX.
+    adapters) takes part; under ZeRO-3 all ranks are to come here at the same time, but inside of `whole_weights`. The
+    temperature belongs to the policy that was sampled from. Top-k and top-p do not enter: they only shorten the tail of
+    what is sampled, as in trlX.
     """
 
     def some(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -99,7 +101,7 @@ def _chunks(head: nn.Module, hidden: Tensor, max_logits: int) -> int:
     chunks = -(-max(1, len(hidden)) // max(1, max_logits // _vocabulary(head)))
     # Not head.weight: to DeepSpeed that is a use of the weight outside of its module, for which it is kept gathered.
     weight = next(head.parameters(recurse=False))
-    if hasattr(weight, "ds_id") and distributed.is_initialized():
+    if hasattr(weight, "ds_id") and distributed.is_initialized() and not in_whole_weights():
         most = torch.tensor(chunks, device=hidden.device)
         distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
         chunks = int(most)
