@@ -24,6 +24,7 @@ from pipeline.config.schema import Config
 from pipeline.data.embedded import build_tokenizer
 from pipeline.data.preferences import Preference, write_jsonl
 from pipeline.data.sources import load_source
+from pipeline.data.tokens import encode
 from pipeline.run import atomic
 from pipeline.run.directory import Artifact, Outputs, RunDir
 from pipeline.run.work import Progress
@@ -97,6 +98,8 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+DRAWN = 7
+"""The seed of `prompts_of`."""
 OPTIONS = {
     "shape": "the model's",
     "reward_shape": "the reward model's",
@@ -136,6 +139,16 @@ def read_data(data: str | None, vocabulary: int | None, positions: int) -> tuple
     """The training rows, and a tokenizer made of them."""
     preferences = load_source(check({"data": {"source": data or "demo"}}))["train"]
     return preferences, tokenizer_of(preferences, vocabulary or (8192 if data else 1024), positions)
+
+
+def prompts_of(
+    preferences: Sequence[Preference], tokenizer: PreTrainedTokenizerFast, room: int, count: int
+) -> tuple[list[Preference], list[list[int]]]:
+    """Rows drawn from all, the same each time, among those whose prompts need not be cut; and their prompts' ids."""
+    order = torch.randperm(len(preferences), generator=torch.Generator().manual_seed(DRAWN)).tolist()
+    drawn = [(preferences[place], encode(tokenizer, preferences[place].prompt)) for place in order]
+    kept = [(row, ids) for row, ids in drawn if len(ids) <= room][:count]
+    return [row for row, _ in kept], [ids for _, ids in kept]
 
 
 def tokenizer_of(preferences: Sequence[Preference], size: int, positions: int) -> PreTrainedTokenizerFast:

@@ -37,6 +37,7 @@ from _common import (
     one_phase,
     parser_of,
     phases_of,
+    prompts_of,
     quiet,
     read_data,
     save_models,
@@ -47,7 +48,6 @@ from _common import (
 from _figures import alternate, machine, print_figures, print_table
 
 from pipeline.data.preferences import Preference
-from pipeline.data.tokens import encode
 from pipeline.errors import run_command
 from pipeline.training.state import TrainState
 
@@ -141,14 +141,7 @@ def show(reports: dict[str, list[Report]]) -> None:
 def make_models(root: Path, options: argparse.Namespace) -> tuple[list[Preference], list[list[int]]]:
     """Write policy and reward model; choose the prompts among those that need not be cut."""
     preferences, tokenizer = read_data(options.data, options.vocabulary, options.seq_length)
-    room = options.seq_length - options.new_tokens
-    order = torch.randperm(len(preferences), generator=torch.Generator().manual_seed(SEED)).tolist()
-    rows, prompts = [], []
-    for place in order:
-        ids = encode(tokenizer, preferences[place].prompt)
-        if len(ids) <= room and len(rows) < options.rollouts:
-            rows.append(preferences[place])
-            prompts.append(ids)
+    rows, prompts = prompts_of(preferences, tokenizer, options.seq_length - options.new_tokens, options.rollouts)
     save_models(root, options.shape, options.shape, tokenizer, len(tokenizer), options.seq_length)
     return rows, prompts
 

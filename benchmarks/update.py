@@ -26,6 +26,7 @@ from _common import (
     one_phase,
     parser_of,
     phases_of,
+    prompts_of,
     quiet,
     read_data,
     save_models,
@@ -35,7 +36,6 @@ from _common import (
 )
 from _figures import alternate, machine, print_figures, print_table
 
-from pipeline.data.tokens import encode
 from pipeline.errors import run_command
 from pipeline.training.metrics import Row
 from pipeline.training.packed import attention_of
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = parser_of(__doc__)
-    add_data_options(parser, vocabulary="1024")
+    add_data_options(parser, vocabulary="in proportion to the width")
     add_options(parser, shape="gptj-narrow", unfrozen=2, rounds=5, rollouts=(16, "prompts of the phase"))
     add_options(parser, new_tokens=128, seq_length=512, batch_size=4, epochs=(4, "epochs"), threads=2)
     return parser.parse_args(argv)
@@ -65,10 +65,11 @@ def measure(options: argparse.Namespace) -> dict[str, list[Row]]:
     """The rows that the trainer records of its phases, of each side."""
     quiet()
     torch.set_num_threads(options.threads)
-    preferences, tokenizer = read_data(options.data, options.vocabulary or 1024, options.seq_length)
-    shape, room = SHAPES[options.shape], options.seq_length - options.new_tokens
-    vocabulary = max(len(tokenizer), round(shape.width * HEAD_PER_WIDTH))
-    rows = [row for row in preferences if len(encode(tokenizer, row.prompt)) <= room][: options.rollouts]
+    shape = SHAPES[options.shape]
+    vocabulary = options.vocabulary or max(512, round(shape.width * HEAD_PER_WIDTH))
+    preferences, tokenizer = read_data(options.data, vocabulary, options.seq_length)
+    rows, prompts = prompts_of(preferences, tokenizer, options.seq_length - options.new_tokens, options.rollouts)
+    mean = statistics.mean(map(len, prompts))
     more = {"model": {"num_layers_unfrozen": options.unfrozen}, "ppo": {"ppo_epochs": options.epochs}}
     settings = settings_of(options.seq_length, options.new_tokens, len(rows), options.batch_size, more)
     with workplace() as root:
@@ -76,8 +77,9 @@ def measure(options: argparse.Namespace) -> dict[str, list[Row]]:
         run, config = make_run(root / "run", root, rows, settings)
         with training(run, config) as trainer:
             print(f"{machine()}; shape {options.shape}, {options.unfrozen} of {shape.layers} layers trained, "
-                  f"vocabulary {vocabulary}; {len(rows)} answers of {options.new_tokens} tokens, {options.epochs} "
-                  f"epochs, batches of {options.batch_size}; {options.rounds} rounds", flush=True)  # fmt: skip
+                  f"vocabulary {vocabulary}; {len(rows)} answers of {options.new_tokens} tokens to prompts of "
+                  f"{mean:.0f}, {options.epochs} epochs, batches of {options.batch_size}; {options.rounds} rounds",
+                  flush=True)  # fmt: skip
             return alternate(sides_of(trainer), options.rounds)
 
 
