@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from helpers_cluster import CHAIN_SETTINGS, children, profile, states, tasks
+from helpers_cluster import CHAIN_SETTINGS, children, held, profile, states, tasks
 from helpers_jobs import (
     command,
     copy_without,
@@ -51,7 +51,8 @@ def test_when_a_node_dies_its_training_goes_on_elsewhere_or_is_seen_as_lost(
         for run, site in profiles.items():
             assert submit(run, *arguments, site, overrides=CHAIN_SETTINGS).status == 0
         wait_for(lambda: list(moving.glob("checkpoints/*/step-00000004")), "the first checkpoint")
-        wait_for(lambda: pids_running(lost, "-m pipeline.training.ppo", "-u"), "the other training")
+        with held(moving):
+            wait_for(lambda: pids_running(lost, "-m pipeline.training.ppo", "-u"), "the other training")
     finally:
         slurm.command("scontrol", "update", "NodeName=n2", "State=RESUME")
     power_off(slurm, "n1")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers_cluster import CHAIN_SETTINGS, PROFILE, tasks
+from helpers_cluster import CHAIN_SETTINGS, PROFILE, held, tasks
 from helpers_jobs import (
     command,
     nothing_left,
@@ -177,15 +176,10 @@ def test_a_time_limit_shorter_than_the_training_makes_several_segments(
     follower = start(run, "--stage", "serve,train,evaluate", "--cluster", path, overrides=CHAIN_SETTINGS)
     stop, second = run / "control" / "STOP", run / "stages" / "train" / "attempts" / "0002"
     wait_for(lambda: list(run.glob("checkpoints/*/step-00000004")) or stop.exists(), "the training to get going")
-    ranks = pids_running(run, "-m pipeline.training.ppo", "-u")
-    for pid in ranks:  # or a fast machine would be done within the minute
-        os.kill(pid, signal.SIGSTOP)
-    wait_for(lambda: stop.exists() or second.exists(), "Slurm's warning", 90)
-    (job, _) = submitted(run)
-    slurm.command("scontrol", "update", f"JobId={job}", "TimeLimit=30")  # warned it is; a slow machine needs the time
-    for pid in ranks:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
+    with held(run):
+        wait_for(lambda: stop.exists() or second.exists(), "Slurm's warning", 90)
+        (job, _) = submitted(run)
+        slurm.command("scontrol", "update", f"JobId={job}", "TimeLimit=30")  # it is warned; a slow machine needs time
     wait_for(second.exists, "the second segment", 240)
     assert follower.wait(300) == 0
     assert told(run) == []  # a segment is no retry
