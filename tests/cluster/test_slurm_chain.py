@@ -7,8 +7,18 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers_cluster import CHAIN_SETTINGS, environment_of, tasks
-from helpers_jobs import command, nothing_left, pids_running, policy_sha256, start, submit, until_training, wait_for
+from helpers_cluster import CHAIN_SETTINGS, environment_of, held, tasks
+from helpers_jobs import (
+    command,
+    copy_without,
+    nothing_left,
+    pids_running,
+    policy_sha256,
+    start,
+    submit,
+    until_training,
+    wait_for,
+)
 from mini_slurm import MiniSlurm
 
 from pipeline.run import atomic
@@ -30,8 +40,9 @@ def test_the_whole_chain_runs_without_its_submitter(finished: Path) -> None:
     assert nothing_left(finished)
 
 
-def test_a_rerun_submits_nothing(slurm: MiniSlurm, finished: Path) -> None:
-    done = submit(finished, "--cluster", slurm.folder / "profile.yaml", overrides=CHAIN_SETTINGS)
+def test_a_rerun_submits_nothing(slurm: MiniSlurm, finished: Path, tmp_path: Path) -> None:
+    run = copy_without(finished, tmp_path / "run")
+    done = submit(run, "--cluster", slurm.folder / "profile.yaml", overrides=CHAIN_SETTINGS)
     assert (done.status, "nothing to do" in done.out) == (0, True), done.err
 
 
