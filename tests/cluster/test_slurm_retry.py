@@ -30,10 +30,11 @@ from pipeline.scheduler import submission as submissions
 pytestmark = [pytest.mark.slurm]
 
 FAULTS = """
-import os, time
+import json, os, time
 from pathlib import Path
 
-command = Path("/proc/self/cmdline").read_bytes().replace(b"\\0", b" ").decode()
+words = Path("/proc/self/cmdline").read_bytes().decode().split("\\0")
+command = " ".join(words)
 first = "SLURM_RESTART_COUNT" not in os.environ
 for fault in filter(None, os.environ.get("SITE_FAULTS", "").split(";")):
     what, module = fault.split("@")
@@ -46,8 +47,19 @@ for fault in filter(None, os.environ.get("SITE_FAULTS", "").split(";")):
         if what == os.environ["SLURMD_NODENAME"]:
             os.write(2, b"RuntimeError: No CUDA GPUs are available\\n")
             os._exit(1)
+
+made = {"pipeline.data.prefetch": ("data", "model"), "pipeline.training.sft": ("model",)}
+work = words[words.index("-m") + 1] if "-m" in words else ""
+if work in made:
+    out = Path(words[words.index("--out") + 1])
+    for name in made[work]:
+        (out / name).mkdir()
+        (out / name / "note").write_text(work)
+    (out / "result.json").write_text(json.dumps({"artifacts": {name: name for name in made[work]}, "values": {}}))
+    os._exit(0)
 """
-"""A site on which things go wrong: its sitecustomize.py, which every Python there runs first."""
+"""A site on which things go wrong: its sitecustomize.py, which every Python there runs first. What it lets run is a
+stand-in that has done its work at once: here it is the jobs that are looked at."""
 
 
 @pytest.fixture(scope="module")
