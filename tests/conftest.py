@@ -15,6 +15,13 @@ MUST_RUN = ("apptainer", "chain", "slurm", "triton")
 """Marks of tests that CI may not skip: it has what they need. Those marked hh too may, where the rows are missing."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files whose tests start servers or jobs come first: they take longest, and with the short ones at the end all
+    workers end at about the same time."""
+    slow = {item.path for item in items if any(mark.name in MUST_RUN for mark in item.iter_markers())}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield

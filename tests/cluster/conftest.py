@@ -17,6 +17,8 @@ from mini_slurm import MiniSlurm, missing_programs
 from ordinary_user import OrdinaryUser, missing_user, remove
 from registry import Registry
 
+from pipeline.run.build_cache import exclusive
+
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MiniSlurm]:
@@ -50,9 +52,28 @@ def on_the_login_node(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
 
 
 @pytest.fixture(scope="session")
-def finished(slurm: MiniSlurm, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole chain, submitted by a process that leaves at once; nothing of ours watches over it."""
-    run = tmp_path_factory.mktemp("chain") / "a run"
+def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this session, the same one for all workers of pytest-xdist."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def finished(slurm: MiniSlurm, of_all_workers: Path) -> Path:
+    """The whole chain, submitted by a process that leaves at once; nothing of ours watches over it.
+
+    Made by the worker that asks first. Tests look at it, or change a copy of it.
+    """
+    run = of_all_workers / "chain" / "a run"
+    with exclusive(of_all_workers / "chain.lock", "the whole chain"):
+        if not (run.parent / "whole").exists():
+            assert not run.exists(), "it failed already"
+            _run_chain(slurm, run)
+            (run.parent / "whole").touch()
+    return run
+
+
+def _run_chain(slurm: MiniSlurm, run: Path) -> None:
     profile = slurm.folder / "profile.yaml"
     others = slurm.job_ids()
     done = submit(run, "--cluster", profile, "--no-follow", overrides=CHAIN_SETTINGS, env=slurm.environment)
@@ -60,7 +81,6 @@ def finished(slurm: MiniSlurm, tmp_path_factory: pytest.TempPathFactory) -> Path
     jobs = set(slurm.job_ids()).difference(others)
     assert len(jobs) == 7  # the server shares its training's job
     wait_for(lambda: not jobs.intersection(slurm.job_ids()), "the chain to end", 600)
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
-from helpers_jobs import TINY
+from helpers_jobs import TINY, pids_running
 
 from pipeline.run.directory import RunDir
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.view import view_run
 
+STEPS = 60
 CHAIN_SETTINGS = (
     *TINY,
     *("train.num_processes=2", "train.accelerate_config=ddp-cpu", "sandbox.engine=venv"),
-    *("train.total_steps=200", "train.eval_interval=100"),  # longer than Slurm takes to preempt a job
+    *(f"train.total_steps={STEPS}", f"train.eval_interval={STEPS // 2}"),
 )
+"""Of a training that can be disturbed several times; it stands still (`held`) while Slurm takes its time for that."""
 PROFILE = {
     "name": "mini",
     "executor": "slurm",
@@ -47,6 +53,21 @@ def states(run: Path) -> dict[str, tuple[str, str]]:
     """Each stage's state and what status says of it, as asked now: what Slurm said before is forgotten."""
     submissions._asked.clear()
     return {view.stage: (view.state, view.detail) for view in view_run(RunDir(run))}
+
+
+@contextlib.contextmanager
+def held(run: Path) -> Iterator[list[int]]:
+    """The ranks of the run's training, which stand still while the block runs: a fast machine would be done before what
+    disturbs it comes."""
+    ranks = pids_running(run, "-m pipeline.training.ppo", "-u")
+    for pid in ranks:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield ranks
+    finally:
+        for pid in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def tasks(run: Path, job: str | None = None) -> list[int]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers_cluster import CHAIN_SETTINGS, PROFILE, environment_of, tasks
-from helpers_jobs import nothing_left, pids_running, policy_sha256, until_training, wait_for
+from helpers_jobs import copy_without, nothing_left, pids_running, policy_sha256, until_training, wait_for
 from mini_slurm import MiniSlurm
 from ordinary_user import ROOT, OrdinaryUser, remove
 from registry import Registry
@@ -26,6 +26,8 @@ from pipeline.run.directory import RunDir
 
 TRAINER_PACKAGES = Path("usr/lib/python3/dist-packages/trainer.pth")
 """Tells the image's Python where further packages are."""
+
+MODELS = ("sft", "reward-model", "convert")
 
 pytestmark = [pytest.mark.slurm, pytest.mark.triton, pytest.mark.chain, pytest.mark.apptainer]
 
@@ -87,9 +89,11 @@ def site(user: OrdinaryUser, public_registry: Registry) -> Iterator[Site]:
 
 
 @pytest.fixture(scope="module")
-def contained(site: Site) -> Path:
-    """The whole chain in one submission, looked at while it trains."""
-    run = site.folder / "a run"
+def contained(site: Site, finished: Path) -> Path:
+    """The chain in one submission, looked at while it trains. What no container has a part in, models and their store,
+    is that of the chain without containers, and is skipped."""
+    run = copy_without(finished, site.folder / "a run", "prefetch", "sandbox", "serve", "train", "evaluate")
+    site.user.own(run)
     site.submit(run, "--no-follow")
     wait_for(lambda: list(run.glob("checkpoints/*/step-00000004")), "the first checkpoint", 400)
     (server,) = (pid for pid in pids_running(run, "tritonserver --") if in_container(pid))
@@ -109,6 +113,8 @@ def in_container(pid: int) -> bool:
 def test_the_chain_with_a_sandbox_from_a_registry_gives_the_weights_of_the_chain_without_containers(
     contained: Path, finished: Path, layout: Path, site: Site
 ) -> None:
+    made, taken = ([RunDir(run).outputs(stage) for stage in MODELS] for run in (finished, contained))
+    assert taken == made
     assert policy_sha256(contained) == policy_sha256(finished)
     sandbox = RunDir(contained).values("sandbox")
     assert (sandbox["engine"], sandbox["tritonserver"], sandbox["python"]) == ("singularity", "2.51.0", "3.11")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers_cluster import CHAIN_SETTINGS, environment_of, profile
+from helpers_cluster import CHAIN_SETTINGS, environment_of, held, profile
 from helpers_jobs import (
     ROOT,
     clean_environment,
@@ -63,11 +63,11 @@ def test_the_whole_chain_runs_inside_one_allocation(slurm: MiniSlurm, finished: 
     run = tmp_path / "it's a run"
     job = sbatch(run, script=repository / "slurm" / "pipeline.sbatch")
     wait_for(lambda: list(run.glob("checkpoints/*/step-00000004")), f"the first checkpoint; see {log_of(run)}", 300)
-    ranks = pids_running(run, "-m pipeline.training.ppo", "-u")
-    (server,) = pids_running(run, "tritonserver --")
-    assert {environment_of(pid)["CUDA_VISIBLE_DEVICES"] for pid in ranks} == {"0,1,2,3,4,5,6"}
-    assert environment_of(server)["CUDA_VISIBLE_DEVICES"] == "7"
-    assert len(slurm.command("squeue", "-h").splitlines()) == 1
+    with held(run) as ranks:
+        (server,) = pids_running(run, "tritonserver --")
+        assert {environment_of(pid)["CUDA_VISIBLE_DEVICES"] for pid in ranks} == {"0,1,2,3,4,5,6"}
+        assert environment_of(server)["CUDA_VISIBLE_DEVICES"] == "7"
+        assert len(slurm.command("squeue", "-h").splitlines()) == 1
     assert wait_for_end(slurm, job, run) == "COMPLETED"
     assert policy_sha256(run) == policy_sha256(finished)
     assert "held-out" in log_of(run).read_text()  # it says what came of it
@@ -86,7 +86,9 @@ def test_an_interrupted_allocation_comes_back_and_ends_in_the_same_weights(
         slurm.command("scontrol", "requeue", job)
     else:
         urgent = ("--partition=urgent", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=sleep 2")
-        slurm.command("sbatch", *urgent)
+        with held(run):
+            slurm.command("sbatch", *urgent)
+            wait_for((run / "control" / "STOP").exists, "the training to be told")
         wait_for(lambda: f"job {job} waits in the queue again" in log_of(run).read_text(), "the training to save", 180)
         train = next(line for line in command("status", run).out.splitlines() if " train " in line)
         assert "stopped" in train and f"interrupted by Slurm; goes on with job {job}" in train
@@ -123,9 +125,10 @@ def test_a_training_uses_every_node_of_the_allocation(slurm: MiniSlurm, finished
     short = ("--set", "train.total_steps=24", "--set", "train.eval_interval=12")
     job = sbatch(run, "--until", "train", *short, options=(*SIZE, "--nodes=2"))
     wait_for(lambda: list(run.glob("checkpoints/*/step-00000004")), f"the first checkpoint; see {log_of(run)}")
-    assert len(endpoint.read_all(RunDir(run))) == 2
-    launchers = pids_running(run, "pipeline.training.launch")
-    assert sorted(environment_of(pid)["SLURMD_NODENAME"] for pid in launchers) == ["n1", "n2"]
+    with held(run):
+        assert len(endpoint.read_all(RunDir(run))) == 2
+        launchers = pids_running(run, "pipeline.training.launch")
+        assert sorted(environment_of(pid)["SLURMD_NODENAME"] for pid in launchers) == ["n1", "n2"]
     assert wait_for_end(slurm, job, run) == "COMPLETED"
     assert RunDir(run).values("train")["steps"] == 24
     wait_for(lambda: nothing_left(run), "every process to end", 30)

@@ -7,8 +7,18 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers_cluster import CHAIN_SETTINGS, environment_of, tasks
-from helpers_jobs import command, nothing_left, pids_running, policy_sha256, start, submit, until_training, wait_for
+from helpers_cluster import CHAIN_SETTINGS, environment_of, held, tasks
+from helpers_jobs import (
+    command,
+    copy_without,
+    nothing_left,
+    pids_running,
+    policy_sha256,
+    start,
+    submit,
+    until_training,
+    wait_for,
+)
 from mini_slurm import MiniSlurm
 
 from pipeline.run import atomic
@@ -30,8 +40,9 @@ def test_the_whole_chain_runs_without_its_submitter(finished: Path) -> None:
     assert nothing_left(finished)
 
 
-def test_a_rerun_submits_nothing(slurm: MiniSlurm, finished: Path) -> None:
-    done = submit(finished, "--cluster", slurm.folder / "profile.yaml", overrides=CHAIN_SETTINGS)
+def test_a_rerun_submits_nothing(slurm: MiniSlurm, finished: Path, tmp_path: Path) -> None:
+    run = copy_without(finished, tmp_path / "run")
+    done = submit(run, "--cluster", slurm.folder / "profile.yaml", overrides=CHAIN_SETTINGS)
     assert (done.status, "nothing to do" in done.out) == (0, True), done.err
 
 
@@ -42,21 +53,26 @@ def test_a_training_that_is_preempted_told_to_end_and_requeued_ends_in_the_same_
     profile = slurm.folder / "profile.yaml"
     follower = start(run, "--stage", "serve,train,evaluate", "--cluster", profile, overrides=CHAIN_SETTINGS)
     wait_for(lambda: list(run.glob("checkpoints/*/step-00000004")), "the first checkpoint")
-    (server,) = pids_running(run, "tritonserver --")
-    ranks = pids_running(run, "-m pipeline.training.ppo", "-u")
-    assert environment_of(server)["CUDA_VISIBLE_DEVICES"] == "7"
-    assert {environment_of(pid)["CUDA_VISIBLE_DEVICES"] for pid in ranks} == {"0,1,2,3,4,5,6"}
-    assert environment_of(server)["HH_SITE"] == "a value with 'quotes'"
-    job = slurm.command("squeue", "-h", "-o", "%i", "-n", "hh-serve+train").strip()
-    attempts = run / "stages" / "train" / "attempts"
+    with held(run) as ranks:
+        (server,) = pids_running(run, "tritonserver --")
+        assert environment_of(server)["CUDA_VISIBLE_DEVICES"] == "7"
+        assert {environment_of(pid)["CUDA_VISIBLE_DEVICES"] for pid in ranks} == {"0,1,2,3,4,5,6"}
+        assert environment_of(server)["HH_SITE"] == "a value with 'quotes'"
+        job = slurm.command("squeue", "-h", "-o", "%i", "-n", "hh-serve+train").strip()
+    attempts, stop = run / "stages" / "train" / "attempts", run / "control" / "STOP"
 
     urgent = ("sbatch", "--partition=urgent", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=sleep 2")
     grace = ("scancel", "--signal=TERM", job)  # as a site preempts that sends no other signal: the job runs on
     for number, interruption in enumerate((urgent, grace, ("scontrol", "requeue", job)), 1):
-        slurm.command(*interruption)
+        if number < 3:
+            with held(run):
+                slurm.command(*interruption)
+                wait_for(stop.exists, f"the training to be told of interruption {number}")
+        else:  # this one comes with no time to save
+            slurm.command(*interruption)
         wait_for((attempts / f"{number + 1:04d}" / "out").exists, f"interruption {number} to be over")
         reached = saved_steps(RunDir(run))
-        if number < 3:  # the third comes with no time to save
+        if number < 3:
             ended = atomic.read_json(attempts / f"{number:04d}" / "exit.json")
             assert ended is not None
             assert ended["status"] == EX_TEMPFAIL
@@ -68,7 +84,7 @@ def test_a_training_that_is_preempted_told_to_end_and_requeued_ends_in_the_same_
     assert last is not None
     assert last["slurm_restart_count"] == "3"
     assert RunDir(run).outputs("evaluate") is not None  # it waited for the requeued job
-    assert not (run / "control" / "STOP").exists()
+    assert not stop.exists()
     wait_for(lambda: nothing_left(run), "every process to end", 20)
 
 

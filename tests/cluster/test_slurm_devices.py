@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers_cluster import CHAIN_SETTINGS, PROFILE, environment_of, profile, states
+from helpers_cluster import CHAIN_SETTINGS, PROFILE, environment_of, held, profile, states
 from helpers_jobs import command, nothing_left, pids_running, policy_sha256, start, submit, until_training, wait_for
 from mini_slurm import MiniSlurm
 
@@ -48,14 +48,15 @@ def test_two_trainings_share_a_node_with_a_strangers_job_and_do_not_mix(
         wait_for(lambda: pids_running(first, "tritonserver --"), "the first server")
         by_uuid = with_gpus(slurm.folder, "two", 2, "GPU-${CUDA_VISIBLE_DEVICES//,/,GPU-}")
         followers += [start(second, "--stage", "serve,train", "--cluster", by_uuid, overrides=CHAIN_SETTINGS)]
-        for run in (first, second):
-            wait_for(lambda run=run: list(run.glob("checkpoints/*/step-00000004")), "the first checkpoint")
-        assert devices(first, "-m pipeline.training.ppo", "-u") == {"3,4"}
-        assert devices(first, "tritonserver --") == {"5"}
-        assert devices(second, "-m pipeline.training.ppo", "-u") == {"GPU-6"}
-        assert devices(second, "tritonserver --") == {"GPU-7"}
-        servers = [endpoint.read(RunDir(run)) for run in (first, second)]
-        assert len({(server.triton_host, server.pid) for server in servers if server is not None}) == 2
+        wait_for(lambda: list(first.glob("checkpoints/*/step-00000004")), "the first checkpoint")
+        with held(first):
+            wait_for(lambda: list(second.glob("checkpoints/*/step-00000004")), "that of the second run")
+            assert devices(first, "-m pipeline.training.ppo", "-u") == {"3,4"}
+            assert devices(first, "tritonserver --") == {"5"}
+            assert devices(second, "-m pipeline.training.ppo", "-u") == {"GPU-6"}
+            assert devices(second, "tritonserver --") == {"GPU-7"}
+            servers = [endpoint.read(RunDir(run)) for run in (first, second)]
+            assert len({(server.triton_host, server.pid) for server in servers if server is not None}) == 2
         assert [follower.wait(300) for follower in followers] == [0, 0]
         assert [policy_sha256(run) for run in (first, second)] == [policy_sha256(finished)] * 2
     finally:

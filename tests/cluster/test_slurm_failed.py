@@ -91,7 +91,8 @@ def test_a_training_goes_on_with_the_server_that_is_left_and_ends_when_their_job
 ) -> None:
     run = until_training(finished, tmp_path / "run")
     arguments = ("--stage", "serve,train,evaluate", "--cluster", separate(slurm.folder, servers=2), "--no-follow")
-    settings = (*CHAIN_SETTINGS, "serving.retry_timeout_s=5")  # it does not wait for the one that is gone
+    endless = ("train.total_steps=1000", "train.eval_interval=1000")  # for who cancels it three times
+    settings = (*CHAIN_SETTINGS, *endless, "serving.retry_timeout_s=5")  # which does not wait for the one that is gone
     assert submit(run, *arguments, overrides=settings).status == 0
     wait_for(lambda: len(endpoint.read_all(RunDir(run))) == 2, "both servers")
     log = run / "stages" / "train" / "attempts" / "0001" / "stdout.log"

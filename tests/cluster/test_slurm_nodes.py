@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from helpers_cluster import CHAIN_SETTINGS, children, profile, states, tasks
+from helpers_cluster import CHAIN_SETTINGS, children, held, profile, states, tasks
 from helpers_jobs import (
     command,
     copy_without,
@@ -51,7 +51,8 @@ def test_when_a_node_dies_its_training_goes_on_elsewhere_or_is_seen_as_lost(
         for run, site in profiles.items():
             assert submit(run, *arguments, site, overrides=CHAIN_SETTINGS).status == 0
         wait_for(lambda: list(moving.glob("checkpoints/*/step-00000004")), "the first checkpoint")
-        wait_for(lambda: pids_running(lost, "-m pipeline.training.ppo", "-u"), "the other training")
+        with held(moving):
+            wait_for(lambda: pids_running(lost, "-m pipeline.training.ppo", "-u"), "the other training")
     finally:
         slurm.command("scontrol", "update", "NodeName=n2", "State=RESUME")
     power_off(slurm, "n1")
@@ -82,11 +83,14 @@ def test_while_the_controller_is_away_jobs_go_on_and_nobody_makes_anything_up(
     slurm.stop_daemon("slurmctld")
     for node in NODES:
         slurm.stop_daemon(node, signal.SIGKILL)
+    impatient = slurm.folder / "impatient.conf"  # Slurm's own commands give up after a second; ours try again for long
+    impatient.write_text((slurm.folder / "slurm.conf").read_text() + "MessageTimeout=1\n")
+    env = {"SLURM_CONF": str(impatient)}
     try:
-        with ThreadPoolExecutor() as pool:  # each waits some seconds for the controller
-            status = pool.submit(command, "status", run)
-            again = pool.submit(submit, run, *chain, "--no-follow", overrides=CHAIN_SETTINGS)
-            new = pool.submit(submit, other, "--cluster", site, "--no-follow", overrides=CHAIN_SETTINGS)
+        with ThreadPoolExecutor() as pool:
+            status = pool.submit(command, "status", run, env=env)
+            again = pool.submit(submit, run, *chain, "--no-follow", overrides=CHAIN_SETTINGS, env=env)
+            new = pool.submit(submit, other, "--cluster", site, "--no-follow", overrides=CHAIN_SETTINGS, env=env)
         assert status.result().status == 0
         assert "cancelled" not in status.result().out and "failed" not in status.result().out
         assert (again.result().status, "running already" in again.result().out) == (0, True), again.result()

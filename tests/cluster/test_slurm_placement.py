@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tritonclient.grpc as triton
-from helpers_cluster import CHAIN_SETTINGS, environment_of, profile, separate, tasks
+from helpers_cluster import CHAIN_SETTINGS, STEPS, environment_of, held, profile, separate, tasks
 from helpers_jobs import command, nothing_left, pids_running, policy_sha256, start, until_training, wait_for
 from mini_slurm import MiniSlurm
 from tritonclient.utils import InferenceServerException
@@ -27,20 +27,20 @@ def test_a_server_in_its_own_job_moves_to_another_node_and_the_training_goes_on(
     settings = (*CHAIN_SETTINGS, "serving.retry_timeout_s=1")  # only the word of the training's job keeps it waiting
     follower = start(run, "--stage", "serve,train,evaluate", "--cluster", separate(slurm.folder), overrides=settings)
     wait_for(lambda: list(run.glob("checkpoints/*/step-00000004")), "the first checkpoint")
-    ranks = pids_running(run, "-m pipeline.training.ppo", "-u")
-    (devices,) = {environment_of(pid)["CUDA_VISIBLE_DEVICES"] for pid in ranks}
-    (tritonserver,) = pids_running(run, "tritonserver --")
-    assert len(devices.split(",")) == 7
-    assert len(environment_of(tritonserver)["CUDA_VISIBLE_DEVICES"].split(",")) == 1
-    before = endpoint.read(RunDir(run))
-    assert before is not None
-    refuses_strangers(before)
+    with held(run) as ranks:
+        (devices,) = {environment_of(pid)["CUDA_VISIBLE_DEVICES"] for pid in ranks}
+        (tritonserver,) = pids_running(run, "tritonserver --")
+        assert len(devices.split(",")) == 7
+        assert len(environment_of(tritonserver)["CUDA_VISIBLE_DEVICES"].split(",")) == 1
+        before = endpoint.read(RunDir(run))
+        assert before is not None
+        refuses_strangers(before)
 
-    (server,) = slurm.job_ids("-n", "hh-serve")
-    node = slurm.command("squeue", "-h", "-o", "%N", "-j", server).strip()
-    slurm.command("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
-    try:
+        (server,) = slurm.job_ids("-n", "hh-serve")
+        node = slurm.command("squeue", "-h", "-o", "%N", "-j", server).strip()
+        slurm.command("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
         slurm.command("scontrol", "requeue", server)
+    try:
         wait_for(lambda: not before_is(run, before), "the server's endpoint to change", 180)
         assert slurm.command("squeue", "-h", "-o", "%N", "-j", server).strip() not in ("", node)
         assert follower.wait(240) == 0
@@ -95,12 +95,13 @@ def test_a_training_spreads_over_two_nodes_with_a_server_on_each(
         overrides=CHAIN_SETTINGS,
     )
     wait_for(lambda: list(run.glob("checkpoints/*/step-00000004")), "the first checkpoint")
-    assert len(endpoint.read_all(RunDir(run))) == 2
-    launchers = pids_running(run, "pipeline.training.launch")
-    assert sorted(environment_of(pid)["SLURMD_NODENAME"] for pid in launchers) == ["n1", "n2"]
+    with held(run):
+        assert len(endpoint.read_all(RunDir(run))) == 2
+        launchers = pids_running(run, "pipeline.training.launch")
+        assert sorted(environment_of(pid)["SLURMD_NODENAME"] for pid in launchers) == ["n1", "n2"]
     slurm.command("scontrol", "requeue", slurm.job_ids("-n", "hh-serve+train")[0])
     wait_for((run / "stages" / "train" / "attempts" / "0002").exists, "the second segment", 180)
-    wait_for(lambda: saved_steps(RunDir(run)) >= 190, "the training to come near its end", 1200)
+    wait_for(lambda: saved_steps(RunDir(run)) >= STEPS - 12, "the training to come near its end", 600)
     (second,) = (pid for pid in tasks(run, "serve+train") if environment_of(pid)["SLURM_PROCID"] == "1")
     os.kill(second, signal.SIGSTOP)  # it does not see that the training is over
     wait_for(lambda: len(tasks(run, "serve+train")) == 1, "the first node's task to end", 240)

@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers_cluster import CHAIN_SETTINGS, profile, separate
+from helpers_cluster import CHAIN_SETTINGS, profile, separate, states
 from helpers_jobs import command, nothing_left, start, submit, until_training, wait_for
 from mini_slurm import MiniSlurm
 
 from pipeline.run.directory import RunDir
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.submission import SUBMITTING_S
+from pipeline.scheduler.view import view_run
 
 pytestmark = pytest.mark.slurm
 
@@ -23,6 +24,12 @@ def line_of(run: Path, stage: str) -> str:
     """The stage's line of the status table."""
     lines = command("status", run).out.splitlines()
     return next((line for line in lines if line[2:].startswith(f"{stage} ")), "")
+
+
+def queued(run: Path, stage: str) -> str:
+    """Where the stage's job is, as Slurm says now."""
+    submissions._asked.clear()
+    return next(view.queue for view in view_run(RunDir(run)) if view.stage == stage)
 
 
 def test_held_waiting_running_and_cancelled_jobs_are_told_apart(slurm: MiniSlurm, tmp_path: Path) -> None:
@@ -38,9 +45,12 @@ def test_held_waiting_running_and_cancelled_jobs_are_told_apart(slurm: MiniSlurm
     assert line_of(run, "sft").endswith(f"scontrol release {second}")
     slurm.command("scontrol", "release", second)
     waits = f"job {second} waits for the jobs before it (Dependency)"  # which Slurm says once it has looked at it
-    wait_for(lambda: line_of(run, "sft").endswith(waits), "the reason", 60)
+    wait_for(lambda: queued(run, "sft") == waits, "the reason", 60)
+    assert line_of(run, "sft").endswith(waits)
     slurm.command("scontrol", "release", first)
-    wait_for(lambda: f"job {first} on n1, 29 min left" in line_of(run, "prefetch"), "the first job to run", 60)
+    runs = f"job {first} on n1, 29 min left"
+    wait_for(lambda: queued(run, "prefetch") == runs, "the first job to run", 60)
+    assert runs in line_of(run, "prefetch")
     slurm.command("scancel", first)
     wait_for(slurm.empty, "Slurm to end both")
     assert f"job {first}: it was cancelled by scancel" in line_of(run, "prefetch")
@@ -56,7 +66,7 @@ def test_a_job_asking_for_more_than_the_partition_gives_is_shown_as_stuck(slurm:
             overrides=CHAIN_SETTINGS,
         )
         assert done.status == 0, done.err
-        wait_for(lambda: "PartitionTimeLimit" in line_of(tmp_path / "run", "prefetch"), "Slurm's reason")
+        wait_for(lambda: "PartitionTimeLimit" in queued(tmp_path / "run", "prefetch"), "Slurm's reason")
         assert "asks for more time than it can get (PartitionTimeLimit); lower its time_min" in line_of(
             tmp_path / "run", "prefetch"
         )
@@ -109,8 +119,9 @@ def test_cancel_reaches_the_server_job_and_what_waits_for_it(slurm: MiniSlurm, f
     run = until_training(finished, tmp_path / "run")
     arguments = ("--stage", "serve,train,evaluate", "--cluster", separate(slurm.folder))
     follower = start(run, *arguments, overrides=CHAIN_SETTINGS)
-    wait_for(lambda: "TRITON_HOST=" in line_of(run, "serve"), "the server", 120)
-    assert " on n" in line_of(run, "serve")
+    wait_for(lambda: "TRITON_HOST=" in states(run).get("serve", ("", ""))[1], "the server", 120)
+    line = line_of(run, "serve")
+    assert "TRITON_HOST=" in line and " on n" in line
     assert "cancelled serve, train, evaluate" in command("cancel", run).out
     assert slurm.empty()
     assert follower.wait(120) == 1
