@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_plan import finish
 from test_slurm_submission import PROFILE, called, fake_slurm
 
 from pipeline.config import load
@@ -19,18 +18,13 @@ from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.run import bad_nodes
 from pipeline.run.directory import RunDir
-from pipeline.run.hashing import HashCache
 from pipeline.scheduler import arrays, queue, script, slurm
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.arrays import Member
 from pipeline.scheduler.executor import corresponds_to, depends_on
 from pipeline.scheduler.state import recorded_state
 from pipeline.scheduler.submission import Job, Submission
-from pipeline.stages.base import Context
 from pipeline.stages.plan import Planned
-from pipeline.submit import main
-from pipeline.sweep.points import make_points
-from pipeline.sweep.submit import resolve_points, submit_points
 
 NAMES = ("seed=1", "seed=2", "seed=3")
 
@@ -281,117 +275,3 @@ def test_tasks_that_a_killed_submitter_could_not_record_are_found(
     scripts += [("90_1", f"{submitted.array}/sft/90_submission.sh"), ("103_1", f"{submitted.array}/prefetch/x.sh")]
     monkeypatch.setattr(queue, "own_scripts", lambda: scripts)
     assert submissions.with_orphans(lost) == submitted  # 102_1: the latest of its own
-
-
-def sweep(folder: Path, *arguments: str) -> list[str]:
-    (folder / "site.yaml").write_text(PROFILE)
-    given = ["--preset", "demo", "--run-dir", str(folder / "s"), "--cluster", str(folder / "site.yaml"), "--no-follow"]
-    return [*given, "--stage", "prefetch,sft", "--sweep", "seed=1,2,3", *arguments]
-
-
-NONE_HERE = "echo 'sbatch: error: Batch job submission failed: Invalid job array specification' >&2; exit 1"
-
-
-def test_where_sbatch_takes_no_arrays_each_point_is_a_chain(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    calls = fake_slurm(monkeypatch, tmp_path, f'case "$*" in */arrays/*) {NONE_HERE};; esac')
-    assert main(sweep(tmp_path)) == 0
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "Invalid job array specification (cluster profile site); each point is a chain of its own" in line
-    assert [ids(tmp_path, name) for name in NAMES] == [["102", "103"], ["104", "105"], ["106", "107"]]
-    assert "--dependency=afterok:102 " in called(calls, "sbatch")[2]
-
-
-def test_where_sbatch_takes_no_arrays_points_cannot_be_held_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    calls = fake_slurm(monkeypatch, tmp_path, NONE_HERE)
-    assert main(sweep(tmp_path, "--at-once", "2")) == 2
-    assert "Invalid job array specification" in capsys.readouterr().err
-    assert len(called(calls, "sbatch")) == 1
-
-
-def test_the_same_command_submits_what_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    calls = fake_slurm(monkeypatch, tmp_path, "")
-    done, half = RunDir(tmp_path / "s" / NAMES[0]), RunDir(tmp_path / "s" / NAMES[1])
-    for run, stages in ((done, ("prefetch", "sft")), (half, ("prefetch",))):
-        finish(Context(run, config(tmp_path, run.root.name), HashCache(run.root / "hashes.json")), *stages)
-    assert main([*sweep(tmp_path, "--at-once", "1"), "--sweep", "sft.lr=1e-3"]) == 0
-    capsys.readouterr()
-    assert len(called(calls, "sbatch")) == 2  # other names: three new points, all alike
-    assert main(sweep(tmp_path, "--at-once", "1")) == 0
-    out = capsys.readouterr().out
-    assert "nothing to do" in out
-    assert [f"point {name}: its jobs are like no other's; --at-once does not count it" in out for name in NAMES] == [
-        *(False, True, True),
-    ]
-    assert (ids(tmp_path, NAMES[1]), ids(tmp_path, NAMES[2])) == (["103"], ["104", "105"])
-
-
-@pytest.mark.parametrize(("last", "submitted"), [(1, 1), (130, 0)])
-def test_what_runs_on_the_login_node_is_done_before_the_arrays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int, submitted: int
-) -> None:
-    calls = fake_slurm(monkeypatch, tmp_path, "")
-    calls.touch()
-    ran = []
-
-    def one(folder: Path, given: Config, selected: Sequence[str], forced: Sequence[str], no_follow: bool) -> int:
-        ran.append((folder.name, list(selected)))
-        run = RunDir(folder)
-        finish(Context(run, given, HashCache(run.root / "hashes.json")), *selected)
-        return last if folder.name == NAMES[2] else 0  # its prefetch fails, or Ctrl-C ends it all
-
-    profile = PROFILE + "on_login_node: [prefetch]\n"
-    places = resolve_points(
-        tmp_path / "s",
-        make_points(["seed=1,2,3"]),
-        lambda run, given: config(tmp_path, *given, profile=profile),
-        lambda config: ("prefetch", "sft"),
-    )
-    assert submit_points(tmp_path / "s", places, False, True, one, lambda folder: 0) == last
-    assert ran == [(name, ["prefetch"]) for name in NAMES]
-    assert len(called(calls, "sbatch")) == submitted
-    if submitted:
-        assert [ids(tmp_path, name) for name in NAMES[:2]] == [["101_0"], ["101_1"]]
-
-
-# What is said
-
-
-def test_a_dry_run_says_that_there_will_be_arrays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(sweep(tmp_path, "--at-once", "2", "--dry-run")) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "  job arrays of 3 points, at most 2 at once: prefetch, sft"
-    assert main(sweep(tmp_path, "--stage", "sandbox", "--dry-run")) == 0
-    assert "job arrays" not in capsys.readouterr().out  # all of it is shared
-    assert not (tmp_path / "s").exists()
-
-
-@pytest.mark.parametrize(
-    ("profile", "arguments", "message"),
-    [
-        (PROFILE, ["--at-once", "0", "--sweep", "seed=1,2"], r"^--at-once 0: no point would run; give 1 or more"),
-        (PROFILE, ["--at-once", "2"], r"^--at-once 2: it is for the points of a --sweep; leave it out"),
-        (
-            "executor: local\n",
-            ["--at-once", "2", "--sweep", "seed=1,2"],
-            r"^--at-once 2: with cluster.executor: local points take turns",
-        ),
-        (
-            PROFILE + "job_arrays: false\n",
-            ["--at-once", "2", "--sweep", "seed=1,2"],
-            r"^--at-once 2: .* which cluster.job_arrays: false switches off",
-        ),
-    ],
-)
-def test_points_that_cannot_be_held_back_are_refused_in_one_line(
-    tmp_path: Path, profile: str, arguments: list[str], message: str
-) -> None:
-    (tmp_path / "site.yaml").write_text(profile)
-    given = ["--preset", "demo", "--run-dir", str(tmp_path / "s"), "--cluster", str(tmp_path / "site.yaml")]
-    with pytest.raises(UserError, match=message):
-        main([*given, *arguments])
-    assert not (tmp_path / "s").exists()
