@@ -23,6 +23,8 @@ from pipeline.scheduler.submission import Submission
 from pipeline.status import open_run
 from pipeline.sweep.points import POINTS, SHARED, STOP, read_points
 
+_LOCK = Path("control", "submit.lock")
+
 
 @dataclass(frozen=True)
 class _Open:
@@ -113,13 +115,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         found: dict[RunDir, list[_Open]] = {}
         for run in _runs(arguments.run):
             try:
-                locks.enter_context(lock(run.root / "control" / "submit.lock", "cancelling"))
+                locks.enter_context(lock(run.root / _LOCK, "cancelling"))
                 found[run] = _look(run)
             except UserError as fault:
                 faults += _say(fault)
-        # At once, lest each point wait for the grace of those before it. What is refused here is in its own turn below.
-        with contextlib.suppress(UserError):
-            slurm.cancel([job for opened in found.values() for each in opened for job in each.ids])
+        if len(found) > 1:  # at once, lest each point wait for the grace of those before it
+            with contextlib.suppress(UserError):  # its own turn, below, says what is refused
+                slurm.cancel([job for opened in found.values() for each in opened for job in each.ids])
         for run, opened in found.items():
             try:
                 ended = [stage for each in opened for stage in _cancel(run, each, arguments.grace)]
@@ -138,11 +140,14 @@ def _say(fault: UserError) -> int:
 
 
 def _runs(folder: Path) -> list[RunDir]:
-    """The run, or those of a sweep that were submitted: the last first, for what ends lets the next one start."""
+    """The run, or those of a sweep that were submitted, or are being submitted now: the last first, for what ends lets
+    the next one start."""
     if not (folder / POINTS).exists():
         return [open_run(folder)]
     names = [SHARED, *(point.name for point in read_points(folder))]
-    return [open_run(folder / name) for name in reversed(names) if RunDir(folder / name).config.exists()]
+    runs = [RunDir(Path(os.path.abspath(folder / name))) for name in reversed(names)]
+    begun = [run for run in runs if run.config.exists() or (run.root / _LOCK).exists()]
+    return [open_run(run.root) if run.config.exists() else run for run in begun]
 
 
 if __name__ == "__main__":

@@ -87,18 +87,19 @@ def states(runs: list[RunDir]) -> list[str]:
 def test_a_point_that_cannot_be_cancelled_keeps_none_of_the_others_running(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = on_slurm(tmp_path, "seed=1", "seed=2", "seed=3")
+    runs = on_slurm(tmp_path, "seed=1", "seed=2")
+    other = RunDir(tmp_path / "seed=3")  # which is just being submitted
     refuse = """case " $* " in *" 12 "*) echo "scancel: error: Access denied"; exit 1;; esac"""
-    fake_slurm(monkeypatch, tmp_path, squeue="echo 11; echo 12; echo 13", scancel=refuse)
+    fake_slurm(monkeypatch, tmp_path, squeue="echo 11; echo 12", scancel=refuse)
     monkeypatch.setattr(submissions, "_asked", {})
-    with lock(runs[2].root / "control" / "submit.lock", "submitting"):
+    with lock(other.root / "control" / "submit.lock", "submitting"):
         assert cancel.main([str(tmp_path), "--grace", "0"]) == 2
     said = capsys.readouterr()
     busy, refused = said.err.splitlines()
-    assert busy.startswith(f"error: {runs[2].root}/control/submit.lock: process ")
+    assert busy.startswith(f"error: {other.root}/control/submit.lock: process ")
     assert refused == "error: scancel 12: scancel: error: Access denied; run it again"
     assert said.out.endswith("seed=1: cancelled train\n")
-    assert states(runs) == ["cancelled", "running", "running"]
+    assert states(runs) == ["cancelled", "running"]
 
 
 def test_on_slurm_all_points_are_cancelled_before_any_is_waited_for(
