@@ -61,7 +61,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="KEY=V1,V2,...",
         help="one run for each value, below --run-dir; with several, for each combination",
     )
-    add("--at-once", type=int, metavar="N", help="with --sweep on Slurm: at most N points run a stage at the same time")
+    add(
+        "--at-once",
+        type=int,
+        metavar="N",
+        help="with --sweep on Slurm: of each group of alike points at most N run a stage at the same time",
+    )
     add("--cluster", metavar="NAME|FILE", help="cluster profile: a name in slurm/, or a YAML file (default: local)")
     add("--force", action="store_true", help="run the chosen stages even where they are up to date")
     add("--dry-run", action="store_true", help="print the plan and every command line; change nothing")
@@ -113,7 +118,7 @@ def _sweep(arguments: argparse.Namespace, folder: Path, select: Callable[[Config
 
     places = resolve_points(folder, make_points(arguments.sweep), resolve, select)
     if arguments.dry_run:
-        show_points(folder, places, arguments.at_once)
+        show_points(folder, places, arguments.force, arguments.at_once)
         return 0
     options = arguments.force, arguments.no_follow
     return submit_points(folder, places, *options, submit_one, follow_one, arguments.at_once)

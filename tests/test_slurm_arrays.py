@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_plan import finish
 from test_slurm_submission import PROFILE, called, fake_slurm
 
 from pipeline.config import load
@@ -17,18 +18,13 @@ from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.run import bad_nodes
 from pipeline.run.directory import RunDir
-from pipeline.run.hashing import HashCache
 from pipeline.scheduler import arrays, queue, script, slurm
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.arrays import Member
-from pipeline.scheduler.executor import depends_on
+from pipeline.scheduler.executor import corresponds_to, depends_on
 from pipeline.scheduler.state import recorded_state
 from pipeline.scheduler.submission import Job, Submission
-from pipeline.stages.base import Context
 from pipeline.stages.plan import Planned
-from pipeline.submit import main
-from pipeline.sweep.points import make_points
-from pipeline.sweep.submit import resolve_points, submit_points
 
 NAMES = ("seed=1", "seed=2", "seed=3")
 
@@ -81,6 +77,11 @@ def test_a_task_finds_its_run_by_its_number(tmp_path: Path, name: str) -> None:
         ["bash", "-c", text], capture_output=True, check=False, env=env | {"SLURM_ARRAY_TASK_ID": "3"}
     )
     assert (none.returncode, none.stdout) == (1, b"")
+    assert none.stderr.decode().startswith(f"error: {array}/3: names no run;")
+    (tmp_path / name / "seed=2/code/c0").rmdir()
+    gone = subprocess.run(["bash", "-c", text], capture_output=True, check=False, env=env)
+    assert (gone.returncode, gone.stdout) == (1, b"")
+    assert gone.stderr.decode().startswith(f"error: {run}/code/c0: the code that was submitted is gone;")
 
 
 def test_a_task_waits_for_the_task_of_its_number() -> None:
@@ -90,11 +91,12 @@ def test_a_task_waits_for_the_task_of_its_number() -> None:
         Job(("serve", "train"), ("prefetch", "sft", "convert")),
     )
     submission = Submission("s", "slurm", jobs, array="/sweep/arrays/s", task=1)
-    assert depends_on(submission, jobs[2]) == "aftercorr:11:12"  # convert is no part of it: done before
-    assert depends_on(submission, jobs[0]) is None
+    assert corresponds_to(submission, jobs[2]) == "aftercorr:11:12"  # convert is no part of it: done before
+    assert depends_on(submission, jobs[2]) == "afterok:11_1:12_1"
+    assert corresponds_to(submission, jobs[0]) is None and depends_on(submission, jobs[0]) is None
     apart = Submission("s", "slurm", (jobs[0], Job(("serve",), job_id="13_1")), array="/sweep/arrays/s", task=1)
     trains = Job(("train",), ("prefetch",), ("serve",))
-    assert depends_on(apart, trains) == "aftercorr:11,after:13_1"  # of `after` Slurm knows no such form
+    assert depends_on(apart, trains) == "afterok:11_1,after:13_1"
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def test_points_with_the_same_jobs_share_arrays_and_the_others_do_not(tmp_path: 
     larger = Member(third.run, third.config, (Planned("prefetch", "run", "", mem_gb=96), third.plan[1]))
     assert arrays.alike([first, sft_only, larger]) == [[first], [sft_only], [larger]]
     bad_nodes.remember(second.run, "n9", "ECC")
-    assert arrays.alike([first, second, third]) == [[first, third], [second]]
+    assert arrays.alike([first, second, third]) == [[first, second, third]]
 
 
 def test_a_profile_may_leave_each_point_its_own_jobs(tmp_path: Path) -> None:
@@ -154,22 +156,102 @@ def test_there_is_one_array_for_each_job(tmp_path: Path, monkeypatch: pytest.Mon
         assert state is not None and (state.state, state.submission) == ("pending", submitted[0].id)
 
 
+def fake_scontrol(folder: Path, body: str = "") -> None:
+    (folder / "bin" / "scontrol").write_text(f'#!/bin/bash\necho "scontrol $*" >> {folder}/calls\n{body}\n')
+    (folder / "bin" / "scontrol").chmod(0o755)
+
+
+def orders(calls: Path) -> list[str]:
+    """What Slurm was told, without the scripts' paths."""
+    return [" ".join(line.split()[:-1]) if "sbatch" in line else line for line in calls.read_text().splitlines()]
+
+
 def test_each_training_is_held_until_it_has_been_told_which_server_it_waits_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = fake_slurm(monkeypatch, tmp_path, "")
-    (tmp_path / "bin" / "scontrol").write_text(f'#!/bin/bash\necho "scontrol $*" >> {calls}\n')
-    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    record = tmp_path / "s" / NAMES[1] / "submission.json"
+    fake_scontrol(tmp_path, f"grep -q 103_1 {record} || echo 'not recorded' >> {calls}")
     plan = tuple(Planned(stage, "run", "") for stage in ("convert", "serve", "train"))
     apart = config(tmp_path, profile=PROFILE + "placement: separate\n")
     arrays.submit(tmp_path / "s", [Member(RunDir(tmp_path / "s" / name), apart, plan) for name in NAMES[:2]])
-    orders = [" ".join(line.split()[:-1]) if "sbatch" in line else line for line in calls.read_text().splitlines()]
-    assert orders == [
-        *("sbatch", "sbatch --dependency=aftercorr:101", "sbatch --hold"),
-        "scontrol update JobId=103_0 Dependency=aftercorr:101,after:102_0",
-        "scontrol update JobId=103_1 Dependency=aftercorr:101,after:102_1",
+    assert orders(calls) == [
+        *("sbatch", "sbatch --dependency=aftercorr:101", "sbatch --dependency=aftercorr:101 --hold"),
+        "scontrol update JobId=103_0 Dependency=afterok:101_0,after:102_0",
+        "scontrol update JobId=103_1 Dependency=afterok:101_1,after:102_1",
         "scontrol release 103",
     ]
+
+
+def test_each_of_many_tasks_is_told_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm compares the tasks of small arrays only with those of their numbers."""
+    calls = fake_slurm(monkeypatch, tmp_path, "")
+    fake_scontrol(tmp_path)
+    plan = tuple(Planned(stage, "run", "") for stage in ("prefetch", "sft"))
+    many = [Member(RunDir(tmp_path / "s" / str(seed)), config(tmp_path), plan) for seed in range(11)]
+    arrays.submit(tmp_path / "s", many)
+    assert orders(calls) == [
+        *("sbatch", "sbatch --dependency=aftercorr:101 --hold"),
+        *(f"scontrol update JobId=102_{task} Dependency=afterok:101_{task}" for task in range(11)),
+        "scontrol release 102",
+    ]
+
+
+@pytest.mark.parametrize(("silences", "through"), [(2, True), (9, False)])
+def test_a_controller_that_is_silent_is_told_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silences: int, through: bool
+) -> None:
+    calls = fake_slurm(monkeypatch, tmp_path, "")
+    silent = "echo 'slurm_update error: Unable to contact slurm controller (connect failure)'; exit 1"
+    fake_scontrol(tmp_path, f"[ $(grep -c ^scontrol {calls}) -gt {silences} ] || {{ {silent}; }}")
+    plan = tuple(Planned(stage, "run", "") for stage in ("serve", "train"))
+    apart = config(tmp_path, profile=PROFILE + "placement: separate\n")
+    pair = [Member(RunDir(tmp_path / "s" / name), apart, plan) for name in NAMES[:2]]
+    if through:
+        arrays.submit(tmp_path / "s", pair)
+        assert called(calls, "scontrol")[2:4] == [
+            "scontrol update JobId=102_0 Dependency=after:101_0",
+            "scontrol update JobId=102_1 Dependency=after:101_1",
+        ]
+    else:
+        with pytest.raises(UserError, match="Unable to contact slurm controller"):
+            arrays.submit(tmp_path / "s", pair)
+        assert len(called(calls, "scontrol")) == 3 and called(calls, "scancel") == ["scancel 101 102"]
+
+
+def test_an_array_avoids_the_broken_nodes_of_all_its_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_slurm(monkeypatch, tmp_path, "")
+    given = members(tmp_path)
+    bad_nodes.remember(given[1].run, "n9", "ECC")
+    bad_nodes.remember(given[2].run, "n4", "ECC")
+    array = str(arrays.submit(tmp_path / "s", given)[0].array)
+    assert "#SBATCH --exclude=n4,n9\n" in (Path(array) / "sft" / "102_submission.sh").read_text()
+
+
+def test_an_edit_of_the_code_between_two_points_ends_the_submission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = fake_slurm(monkeypatch, tmp_path, "")
+    calls.touch()
+    monkeypatch.setattr(arrays.snapshot, "take", lambda run: run.root / "code" / run.root.name)
+    with pytest.raises(UserError, match=r"the project's code was changed while its points took copies of it; submit"):
+        arrays.submit(tmp_path / "s", members(tmp_path))
+    assert called(calls, "sbatch") == [] and submissions.read(RunDir(tmp_path / "s" / NAMES[0])) is None
+
+
+def test_the_time_of_a_submission_is_when_its_first_job_is_handed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has no id long after that is taken for what was never submitted."""
+    fake_slurm(monkeypatch, tmp_path, "")
+    described = arrays.describe
+
+    def long_ago(*arguments: object) -> Submission:
+        return replace(described(*arguments), time=1.0)
+
+    monkeypatch.setattr(arrays, "describe", long_ago)
+    began = time.time()
+    assert all(each.time >= began for each in arrays.submit(tmp_path / "s", members(tmp_path)))
 
 
 def test_a_refusal_half_way_takes_every_array_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,117 +275,3 @@ def test_tasks_that_a_killed_submitter_could_not_record_are_found(
     scripts += [("90_1", f"{submitted.array}/sft/90_submission.sh"), ("103_1", f"{submitted.array}/prefetch/x.sh")]
     monkeypatch.setattr(queue, "own_scripts", lambda: scripts)
     assert submissions.with_orphans(lost) == submitted  # 102_1: the latest of its own
-
-
-def sweep(folder: Path, *arguments: str) -> list[str]:
-    (folder / "site.yaml").write_text(PROFILE)
-    given = ["--preset", "demo", "--run-dir", str(folder / "s"), "--cluster", str(folder / "site.yaml"), "--no-follow"]
-    return [*given, "--stage", "prefetch,sft", "--sweep", "seed=1,2,3", *arguments]
-
-
-NONE_HERE = "echo 'sbatch: error: Batch job submission failed: Invalid job array specification' >&2; exit 1"
-
-
-def test_where_sbatch_takes_no_arrays_each_point_is_a_chain(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    calls = fake_slurm(monkeypatch, tmp_path, f'case "$*" in */arrays/*) {NONE_HERE};; esac')
-    assert main(sweep(tmp_path)) == 0
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "Invalid job array specification (cluster profile site); each point is a chain of its own" in line
-    assert [ids(tmp_path, name) for name in NAMES] == [["102", "103"], ["104", "105"], ["106", "107"]]
-    assert "--dependency=afterok:102 " in called(calls, "sbatch")[2]
-
-
-def test_where_sbatch_takes_no_arrays_points_cannot_be_held_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    calls = fake_slurm(monkeypatch, tmp_path, NONE_HERE)
-    assert main(sweep(tmp_path, "--at-once", "2")) == 2
-    assert "Invalid job array specification" in capsys.readouterr().err
-    assert len(called(calls, "sbatch")) == 1
-
-
-def test_the_same_command_submits_what_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    calls = fake_slurm(monkeypatch, tmp_path, "")
-    done, half = RunDir(tmp_path / "s" / NAMES[0]), RunDir(tmp_path / "s" / NAMES[1])
-    for run, stages in ((done, ("prefetch", "sft")), (half, ("prefetch",))):
-        finish(Context(run, config(tmp_path, run.root.name), HashCache(run.root / "hashes.json")), *stages)
-    assert main([*sweep(tmp_path, "--at-once", "1"), "--sweep", "sft.lr=1e-3"]) == 0
-    capsys.readouterr()
-    assert len(called(calls, "sbatch")) == 2  # other names: three new points, all alike
-    assert main(sweep(tmp_path, "--at-once", "1")) == 0
-    out = capsys.readouterr().out
-    assert "nothing to do" in out
-    assert [f"point {name}: its jobs are like no other's; --at-once does not count it" in out for name in NAMES] == [
-        *(False, True, True),
-    ]
-    assert (ids(tmp_path, NAMES[1]), ids(tmp_path, NAMES[2])) == (["103"], ["104", "105"])
-
-
-@pytest.mark.parametrize(("last", "submitted"), [(1, 1), (130, 0)])
-def test_what_runs_on_the_login_node_is_done_before_the_arrays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int, submitted: int
-) -> None:
-    calls = fake_slurm(monkeypatch, tmp_path, "")
-    calls.touch()
-    ran = []
-
-    def one(folder: Path, given: Config, selected: Sequence[str], forced: Sequence[str], no_follow: bool) -> int:
-        ran.append((folder.name, list(selected)))
-        run = RunDir(folder)
-        finish(Context(run, given, HashCache(run.root / "hashes.json")), *selected)
-        return last if folder.name == NAMES[2] else 0  # its prefetch fails, or Ctrl-C ends it all
-
-    profile = PROFILE + "on_login_node: [prefetch]\n"
-    places = resolve_points(
-        tmp_path / "s",
-        make_points(["seed=1,2,3"]),
-        lambda run, given: config(tmp_path, *given, profile=profile),
-        lambda config: ("prefetch", "sft"),
-    )
-    assert submit_points(tmp_path / "s", places, False, True, one, lambda folder: 0) == last
-    assert ran == [(name, ["prefetch"]) for name in NAMES]
-    assert len(called(calls, "sbatch")) == submitted
-    if submitted:
-        assert [ids(tmp_path, name) for name in NAMES[:2]] == [["101_0"], ["101_1"]]
-
-
-# What is said
-
-
-def test_a_dry_run_says_that_there_will_be_arrays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(sweep(tmp_path, "--at-once", "2", "--dry-run")) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "  job arrays of 3 points, at most 2 at once: prefetch, sft"
-    assert main(sweep(tmp_path, "--stage", "sandbox", "--dry-run")) == 0
-    assert "job arrays" not in capsys.readouterr().out  # all of it is shared
-    assert not (tmp_path / "s").exists()
-
-
-@pytest.mark.parametrize(
-    ("profile", "arguments", "message"),
-    [
-        (PROFILE, ["--at-once", "0", "--sweep", "seed=1,2"], r"^--at-once 0: no point would run; give 1 or more"),
-        (PROFILE, ["--at-once", "2"], r"^--at-once 2: it is for the points of a --sweep; leave it out"),
-        (
-            "executor: local\n",
-            ["--at-once", "2", "--sweep", "seed=1,2"],
-            r"^--at-once 2: with cluster.executor: local points take turns",
-        ),
-        (
-            PROFILE + "job_arrays: false\n",
-            ["--at-once", "2", "--sweep", "seed=1,2"],
-            r"^--at-once 2: .* which cluster.job_arrays: false switches off",
-        ),
-    ],
-)
-def test_points_that_cannot_be_held_back_are_refused_in_one_line(
-    tmp_path: Path, profile: str, arguments: list[str], message: str
-) -> None:
-    (tmp_path / "site.yaml").write_text(profile)
-    given = ["--preset", "demo", "--run-dir", str(tmp_path / "s"), "--cluster", str(tmp_path / "site.yaml")]
-    with pytest.raises(UserError, match=message):
-        main([*given, *arguments])
-    assert not (tmp_path / "s").exists()

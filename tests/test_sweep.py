@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import signal
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ import pytest
 from helpers_jobs import command, fake_slurm, submit
 from test_plan import finish
 
-from pipeline import procs
 from pipeline.config import load
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
@@ -24,7 +21,6 @@ from pipeline.run.directory import Outputs, RunDir
 from pipeline.run.hashing import HashCache
 from pipeline.scheduler import submission as submissions
 from pipeline.scheduler.state import set_state
-from pipeline.scheduler.submission import Job, Submission
 from pipeline.stages.base import Context
 from pipeline.stages.plan import make_plan
 from pipeline.submit import main
@@ -301,24 +297,6 @@ def test_a_point_that_cannot_run_keeps_no_other_from_it(tmp_path: Path, capsys: 
     said = capsys.readouterr()
     assert said.err == "error: ppo.num_rollouts: too many for this machine (point train.total_steps=100)\n"
     assert "again: python -m pipeline.sweep" in said.out
-
-
-def test_cancel_takes_a_whole_sweep_the_last_point_first(tmp_path: Path) -> None:
-    """Else the end of one would let the next one start."""
-    remember(tmp_path, make_points(["ppo.lam=0.9,0.95,1"]))
-    pids = []
-    for name in ("shared", "ppo.lam=0.9", "ppo.lam=0.95"):  # the third has not been submitted
-        run = RunDir(tmp_path / name)
-        atomic.write_text(run.config, load.dump(demo()))
-        sleeper = subprocess.Popen(["sleep", "60"], start_new_session=True)
-        pids.append(sleeper)
-        job = Job(("train",), (), job_id=str(sleeper.pid), process=procs.process_of(sleeper.pid))
-        submissions.write(run, Submission("s", "local", (job,), (), 0.0))
-        set_state(run, "train", "s", "running")
-    said = command("cancel", tmp_path, "--grace", "5").out.splitlines()
-    assert [Path(line.partition(":")[0]).name for line in said] == ["ppo.lam=0.95", "ppo.lam=0.9", "shared"]
-    assert all(line.endswith(": cancelled train") for line in said)
-    assert [sleeper.wait(5) for sleeper in pids] == [-signal.SIGTERM] * 3
 
 
 def test_a_point_that_is_added_begins_as_the_others_did(

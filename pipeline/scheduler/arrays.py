@@ -6,8 +6,10 @@ task's logs through the link, and the script finds its run by it; so all else of
 
 from __future__ import annotations
 
+import logging
 import shlex
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,11 +26,17 @@ from pipeline.scheduler.submission import JOBS, Job, Submission, job_folder
 from pipeline.scheduler.submit import describe, group_jobs, new_id, record
 from pipeline.stages.plan import Planned
 
+log = logging.getLogger("pipeline")
+
 ARRAYS = "arrays"
 _RUN = '"$hh_run"'
 """A task's run directory, to its shell."""
 _NO_ARRAYS = "Invalid job array specification"
 """sbatch's words where a site has no arrays, or none of so many tasks (MaxArraySize)."""
+_CORRESPONDING = 10
+"""Tasks of an array up to which Slurm compares each with the task of its number as soon as it is submitted
+(correspond_after_task_cnt, 10 unless a site says otherwise). Of more, those that Slurm has not looked at when it
+forgets the array before (MinJobAge) would depend on the whole of it."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,10 @@ class Member:
 
 
 def alike(members: Sequence[Member]) -> list[list[Member]]:
-    """The members in groups, each of which can share arrays: their jobs, and the scripts of these, are the same."""
+    """The members in groups, each of which can share arrays: their jobs, and the scripts of these, are the same.
+
+    Nodes that are known to be broken do not part them: an array avoids those of all its members.
+    """
     groups: dict[object, list[Member]] = {}
     for member in members:
         shape = tuple((job, _render(member, job)) for job in member.jobs)
@@ -56,8 +67,12 @@ def alike(members: Sequence[Member]) -> list[list[Member]]:
 
 
 def submit(folder: Path, members: Sequence[Member], at_once: int | None = None) -> list[Submission]:
-    """Submit the jobs of members that are alike as arrays, and record each member's as soon as it is known: all of
+    """Submit the jobs of members that are alike as arrays, and record each job's id as soon as it is known: all of
     them, or none."""
+    codes = {snapshot.take(member.run).name for member in members}
+    if len(codes) > 1:
+        raise UserError(f"{folder}: the project's code was changed while its points took copies of it; submit again")
+    (code,) = codes
     submission_id = new_id()
     array = folder / ARRAYS / submission_id
     array.mkdir(parents=True)
@@ -66,20 +81,20 @@ def submit(folder: Path, members: Sequence[Member], at_once: int | None = None) 
         described = describe(submission_id, member.config, member.plan, member.forced)
         submitted.append(replace(described, array=str(array), task=task))
         record(member.run, member.config, member.plan, submitted[-1])
-        snapshot.take(member.run)
         for job in described.jobs:
             job_folder(member.run, submission_id, job).mkdir(parents=True)
         (array / str(task)).symlink_to(member.run.root)
-    log = array.with_name("controllers.log")
-    procs.in_new_session(lambda: _submit_all(members, submitted, at_once), log)
+    log_file = array.with_name("controllers.log")
+    procs.in_new_session(lambda: _submit_all(members, submitted, code, at_once), log_file)
     recorded = [submissions.find(member.run, submission_id) for member in members]
     assert all(recorded)
     return [one for one in recorded if one]
 
 
 def refused(error: UserError) -> bool:
-    """Whether sbatch takes no such array here, though it may take the same jobs one by one."""
-    return _NO_ARRAYS in str(error)
+    """Whether sbatch takes no such array here, though it may take the same jobs one by one: of a limit to submitted
+    jobs, each task takes a part."""
+    return _NO_ARRAYS in str(error) or script.queue_full(error)
 
 
 def target(
@@ -87,13 +102,17 @@ def target(
 ) -> Target:
     """What the script of an array does: its tasks find their runs by their numbers."""
     link = f'{shlex.quote(str(array))}/"$SLURM_ARRAY_TASK_ID"'
+    copy = f"{_RUN}/code/{code}"
+    no_run = f"echo 'error: '{link}': names no run; the sweep was moved, or has no such point' >&2; exit 1"
+    no_code = f"echo 'error: '{copy}': the code that was submitted is gone; submit again' >&2; exit 1"
     return Target(
         folder=array / job.name,
-        where=Where(_RUN, f"{_RUN}/code/{code}"),
+        where=Where(_RUN, copy),
         avoided=tuple(avoided),
         logs=array / "%a" / JOBS / f"{submission}-{job.name}",
         find=(
-            f"hh_run=$(readlink {link}) || exit 1",
+            f"hh_run=$(readlink {link}) || {{ {no_run}; }}",
+            f"[ -d {copy} ] || {{ {no_code}; }}",
             f"export {slurm.TASK_MARK}=$SLURM_JOB_ID:${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID",
         ),
         tasks=tasks,
@@ -103,34 +122,33 @@ def target(
 
 def _render(member: Member, job: Job) -> str:
     """The script of a member's array, but for what a submission decides: two that differ cannot be one."""
-    of_any = target(Path("/"), "", job, "", _avoided(member.run), 1, None)
+    of_any = target(Path("/"), "", job, "", (), 1, None)
     return script.render_for(of_any, "", member.config.cluster, job)
 
 
-def _avoided(run: RunDir) -> tuple[str, ...]:
-    return tuple(node.node for node in bad_nodes.known(run))
-
-
-def _submit_all(members: Sequence[Member], submitted: list[Submission], at_once: int | None) -> None:
+def _submit_all(members: Sequence[Member], submitted: list[Submission], code: str, at_once: int | None) -> None:
     executor.leave_surroundings()
-    first, cluster = members[0], members[0].config.cluster
-    array, submission_id = Path(str(submitted[0].array)), submitted[0].id
-    code = snapshot.folder(first.run).name
+    cluster, array, submission_id = members[0].config.cluster, Path(str(submitted[0].array)), submitted[0].id
+    avoided = sorted({node.node for member in members for node in bad_nodes.known(member.run)})
+    submitted[:] = [replace(each, time=time.time()) for each in submitted]  # to prepare all of them may take minutes
     ids: list[str] = []
     try:
+        _write(members, submitted)
         for job in submitted[0].jobs:
-            script_of = target(array, submission_id, job, code, _avoided(first.run), len(members), at_once)
-            waits = [executor.depends_on(submission, job) for submission in submitted]
-            held = len(set(waits)) > 1  # until each task has been told which task of a server must have started
-            ids.append(script.submit(script_of, submission_id, cluster, job, None if held else waits[0], held))
+            script_of = target(array, submission_id, job, code, avoided, len(members), at_once)
+            whole = executor.corresponds_to(submitted[0], job)
+            # Held until each task has been told what it waits for: a server's task, or one of many.
+            held = bool(job.beside) or (whole is not None and len(members) > _CORRESPONDING)
+            ids.append(script.submit(script_of, submission_id, cluster, job, whole, held))
+            for task, submission in enumerate(submitted):
+                submitted[task] = submission.with_job(replace(job, job_id=f"{ids[-1]}_{task}"))
+            _write(members, submitted)
             if held:
-                for task, depends in enumerate(waits):
-                    slurm.update(f"{ids[-1]}_{task}", {"Dependency": depends or ""})
+                for task, submission in enumerate(submitted):
+                    changes = {"Dependency": executor.depends_on(submission, job) or ""}
+                    _insist(slurm.update, f"{ids[-1]}_{task}", changes)
                 if not cluster.extra.get("hold"):
-                    slurm.release(ids[-1])
-            for task, member in enumerate(members):
-                submitted[task] = submitted[task].with_job(replace(job, job_id=f"{ids[-1]}_{task}"))
-                submissions.write(member.run, submitted[task])
+                    _insist(slurm.release, ids[-1])
     except BaseException as error:
         try:
             slurm.cancel(ids)
@@ -139,3 +157,22 @@ def _submit_all(members: Sequence[Member], submitted: list[Submission], at_once:
         for member, submission in zip(members, submitted, strict=True):
             executor.record_taken_back(member.run, submission, error)
         raise
+
+
+def _write(members: Sequence[Member], submitted: Sequence[Submission]) -> None:
+    for member, submission in zip(members, submitted, strict=True):
+        submissions.write(member.run, submission)
+
+
+def _insist(order: Callable[..., None], *words: object) -> None:
+    """Give an order again while the controller is silent, as often as sbatch's."""
+    for wait_s in script.RETRY_S:
+        try:
+            return order(*words)
+        except procs.NoAnswer as silence:
+            log.info("%s; tried again in %.0f s", silence, wait_s)
+            time.sleep(wait_s)
+    try:
+        return order(*words)
+    except procs.NoAnswer as silence:
+        raise UserError(str(silence)) from silence

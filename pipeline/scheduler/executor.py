@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,12 +131,15 @@ def _start_local(run: RunDir, submission: Submission, cluster: Cluster, job: Job
 
 def depends_on(submission: Submission, job: Job) -> str | None:
     """Slurm's dependency of a job on the jobs of this submission: stages that are done already have none."""
+    return dependency(_ids(submission, job.waits_for), _ids(submission, job.beside))
 
-    def ids(stages: tuple[str, ...]) -> list[str]:
-        jobs = (submission.job_of(stage) for stage in stages)
-        return list(dict.fromkeys(one.job_id for one in jobs if one and one.job_id))
 
-    if submission.array is None:
-        return dependency(ids(job.waits_for), ids(job.beside))
-    arrays = [submissions.array_of(task) for task in ids(job.waits_for)]
-    return dependency(arrays, ids(job.beside), "aftercorr")
+def corresponds_to(submission: Submission, job: Job) -> str | None:
+    """The dependency of a whole array on those before it: each task waits for that of the same number. Of `after`, as
+    for a server, Slurm knows no such form."""
+    return dependency([submissions.array_of(task) for task in _ids(submission, job.waits_for)], (), "aftercorr")
+
+
+def _ids(submission: Submission, stages: Sequence[str]) -> list[str]:
+    jobs = (submission.job_of(stage) for stage in stages)
+    return list(dict.fromkeys(one.job_id for one in jobs if one and one.job_id))

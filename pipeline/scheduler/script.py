@@ -38,10 +38,10 @@ log = logging.getLogger("pipeline")
 
 RETRY_S = (5.0, 10.0, 20.0, 40.0)
 """Seconds before sbatch is called again after a refusal that may pass."""
-_PASSING = re.compile(
-    r"Max\w*Submit\w*|job submit limit|Unable to contact slurm controller|temporarily un(able|available)"
-)
-"""sbatch's words for a full queue, or a controller that is away. Not a time-out: the job may have been accepted."""
+_FULL = re.compile(r"Max\w*Submit\w*|job submit limit")
+"""sbatch's words for a user who may have no more jobs in the queue."""
+_PASSING = re.compile(rf"{_FULL.pattern}|Unable to contact slurm controller|temporarily un(able|available)")
+"""The same, or a controller that is away. Not a time-out: the job may have been accepted."""
 
 
 def check_path(root: Path) -> None:
@@ -125,6 +125,11 @@ def submit(target: Target, submission: str, cluster: Cluster, job: Job, depends:
         for link in target.folder.glob(".submission_file_*"):
             link.unlink()
     raise AssertionError("the last attempt returns or raises")
+
+
+def queue_full(error: UserError) -> bool:
+    """Whether the user could have no more jobs in the queue, though sbatch was called again and again."""
+    return _FULL.search(str(error)) is not None
 
 
 def _sbatch_words(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Protocol
 
 from pipeline.config.schema import Config
 from pipeline.run.directory import RunDir
-from pipeline.sweep.points import Point
+from pipeline.sweep.points import STOP, Point
 
 ENDED_BY_HAND = 130
+"""The exit status of a command that a Ctrl-C or pipeline.cancel has ended."""
 
 
 class SubmitOne(Protocol):
@@ -31,7 +33,17 @@ class Place:
     folder: Path
     config: Config
     selected: tuple[str, ...]
+    forced: tuple[str, ...] = ()
+    """Those of them that run even where they are up to date."""
 
     @property
     def run(self) -> RunDir:
         return RunDir(Path(os.path.abspath(self.folder)))
+
+
+def is_cancelled(folder: Path) -> bool:
+    """Whether pipeline.cancel has ended the sweep in the meantime; says so."""
+    if not (folder / STOP).exists():
+        return False
+    print("pipeline.cancel has ended the sweep: nothing else is submitted; the same command goes on", file=sys.stderr)
+    return True

@@ -20,6 +20,8 @@ POINTS = "points.json"
 """In the sweep's folder: the points of all its commands."""
 SHARED = "shared"
 """The run, in the sweep's folder, of the stages that no swept key changes."""
+STOP = "control/stop"
+"""In the sweep's folder: pipeline.cancel has ended the sweep, so its submitter hands over no further point."""
 _LONGEST = 120
 """Characters of a point's name; file systems take 255 bytes, and job folders lie below."""
 

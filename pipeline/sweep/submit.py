@@ -6,15 +6,18 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config.schema import Config
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.scheduler import allocation, script, slurm
+from pipeline.scheduler import submission as submissions
+from pipeline.scheduler.submit import divide
 from pipeline.sweep import arrays, share
-from pipeline.sweep.place import ENDED_BY_HAND, Place, SubmitOne
-from pipeline.sweep.points import SHARED, Point, remember
+from pipeline.sweep.place import ENDED_BY_HAND, Place, SubmitOne, is_cancelled
+from pipeline.sweep.points import SHARED, STOP, Point, remember
 
 
 def resolve_points(
@@ -47,7 +50,7 @@ def resolve_points(
     return places
 
 
-def show_points(folder: Path, places: Sequence[Place], at_once: int | None = None) -> None:
+def show_points(folder: Path, places: Sequence[Place], force: bool, at_once: int | None = None) -> None:
     """--dry-run: what would run where. Writes nothing."""
     arrays.check_at_once(places, at_once)
     shared = _shared_stages(folder, places)
@@ -57,7 +60,7 @@ def show_points(folder: Path, places: Sequence[Place], at_once: int | None = Non
     for place in places:
         print(f"  {place.point.name}: {', '.join(stage for stage in place.selected if stage not in shared)}")
     if places[0].config.cluster.executor == "slurm":
-        arrays.show(places, shared, at_once)
+        arrays.show(_forced(places, shared, force), shared, at_once)
 
 
 def submit_points(
@@ -76,29 +79,28 @@ def submit_points(
         raise UserError("--no-follow: points on this machine run one after another; leave it out")
     shared = _shared_stages(folder, places)
     remember(folder, [place.point for place in places])
+    (folder / STOP).unlink(missing_ok=True)
     if shared:
         status = _run_shared(folder, places[0], shared, shared if force else (), no_follow, one)
         if status is not None:
             return status
-    forced = {
-        place.point.name: tuple(stage for stage in place.selected if stage not in shared) if force else ()
-        for place in places
-    }
+    left = _forced(places, shared, force)
     statuses: dict[str, int] = {}
     if executor == "slurm":
-        statuses = arrays.submit(folder, places, _shared_run(folder), forced, at_once, one)
+        statuses = _run_here(folder, left, one)
+        if ENDED_BY_HAND not in statuses.values():
+            waiting = [place for place in left if place.point.name not in statuses]
+            statuses |= arrays.submit(folder, waiting, _shared_run(folder), at_once)
         if ENDED_BY_HAND in statuses.values():
             return ENDED_BY_HAND
-    for place in places:
-        name = place.point.name
-        if name not in statuses:
-            statuses[name] = _submit_alone(folder, place, forced[name], no_follow or executor == "slurm", one)
-        if statuses[name] in (ENDED_BY_HAND, allocation.ENDED):
-            return statuses[name]
+    waiting = [place for place in left if place.point.name not in statuses]
+    ended = _submit_each(folder, waiting, statuses, no_follow or executor == "slurm", one)
+    if ended is not None:
+        return ended
     if executor == "slurm" and not no_follow and not slurm.on_a_node():
         for place in places:
             name = place.point.name
-            if statuses[name] != 0:
+            if statuses.get(name) != 0:
                 continue
             print(f"\npoint {name}", flush=True)
             statuses[name] = follow(place.folder)
@@ -110,16 +112,82 @@ def submit_points(
     return max(statuses.values())
 
 
-def _submit_alone(folder: Path, place: Place, forced: tuple[str, ...], no_follow: bool, one: SubmitOne) -> int:
-    """Submit a point as the run that it is; a point that cannot run keeps none of the others from it."""
+def _forced(places: Sequence[Place], shared: Sequence[str], force: bool) -> list[Place]:
+    """The points with what --force has them redo: not what is shared."""
+    if not force:
+        return list(places)
+    return [replace(each, forced=tuple(stage for stage in each.selected if stage not in shared)) for each in places]
+
+
+def _run_here(folder: Path, places: list[Place], one: SubmitOne) -> dict[str, int]:
+    """Run the points' stages of the login node: what they make may change what else there is to do. Of the points in
+    `places` stays what is left to do; returns the exit status of each for which that was all."""
+    from pipeline.submit import plan
+
+    statuses: dict[str, int] = {}
+    for index, place in enumerate(places):
+        name, run, config = place.point.name, place.run, place.config
+        if not config.cluster.on_login_node:
+            continue
+        try:
+            taken = share.take(_shared_run(folder), run, config)
+            if submissions.busy(run) is not None:
+                continue
+            here = [each.stage for each in divide(config, plan(run, config, place.selected, place.forced))[0]]
+            if not here:
+                continue
+            if is_cancelled(folder):
+                return {**statuses, name: ENDED_BY_HAND}
+            _say_point(place, taken)
+            status = one(place.folder, config, here, [stage for stage in place.forced if stage in here], False)
+        except UserError as fault:
+            statuses[name] = _say_fault(place, fault)
+            continue
+        selected = tuple(stage for stage in place.selected if stage not in here)
+        forced = tuple(stage for stage in place.forced if stage not in here)
+        places[index] = replace(place, selected=selected, forced=forced)
+        if status != 0 or not selected:
+            statuses[name] = status
+        if status == ENDED_BY_HAND:
+            return statuses
+    return statuses
+
+
+def _submit_each(
+    folder: Path, places: Sequence[Place], statuses: dict[str, int], no_follow: bool, one: SubmitOne
+) -> int | None:
+    """Submit points as the runs that they are, and note how each ended; one that cannot run keeps none of the others
+    from it. Returns the command's exit status where it ends here."""
+    for index, place in enumerate(places):
+        if is_cancelled(folder):
+            return ENDED_BY_HAND
+        name = place.point.name
+        try:
+            _say_point(place, share.take(_shared_run(folder), place.run, place.config))
+            statuses[name] = one(place.folder, place.config, place.selected, place.forced, no_follow)
+        except UserError as fault:
+            statuses[name] = _say_fault(place, fault)
+            left = [each.point.name for each in places[index + 1 :]]
+            if left and script.queue_full(fault):
+                print(
+                    f"not submitted: {', '.join(left)}; the same command does that once there is room in the queue",
+                    file=sys.stderr,
+                )
+                return None
+        if statuses[name] in (ENDED_BY_HAND, allocation.ENDED):
+            return statuses[name]
+    return None
+
+
+def _say_point(place: Place, taken: Sequence[str]) -> None:
     print(f"\npoint {place.point.name}", flush=True)
-    try:
-        if taken := share.take(_shared_run(folder), place.run, place.config):
-            print(f"shared: {', '.join(taken)}")
-        return one(place.folder, place.config, place.selected, forced, no_follow)
-    except UserError as fault:
-        print(f"error: {fault} (point {place.point.name})", file=sys.stderr)
-        return 2
+    if taken:
+        print(f"shared: {', '.join(taken)}", flush=True)
+
+
+def _say_fault(place: Place, fault: UserError) -> int:
+    print(f"error: {fault} (point {place.point.name})", file=sys.stderr)
+    return 2
 
 
 def _run_shared(

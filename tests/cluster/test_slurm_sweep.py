@@ -30,13 +30,15 @@ if "-m" in words and words[words.index("-m") + 1] in ("pipeline.data.prefetch", 
             os._exit(1)
         if task == "1" or (task == "2" and first):
             time.sleep(300)
+        if task == "3":
+            os._exit(1)
     out = Path(words[words.index("--out") + 1])
     (out / "made").write_text(task)
     (out / "result.json").write_text('{"artifacts": {"data": "made", "model": "made"}, "values": {}}')
     os._exit(0)
 """
 """The site's sitecustomize.py stands in for the stages' work. The first stage meets a broken node at the first point's
-first start; it takes long for the second point, and for the third at its first start."""
+first start; it takes long for the second point, and for the third at its first start; at the fourth it fails."""
 
 
 def status(run: Path, stage: str) -> str:
@@ -50,25 +52,25 @@ def nodes(run: Path) -> list[str]:
     return [record["slurmd_nodename"] for record in records if record is not None]
 
 
-def test_of_three_points_one_tries_again_one_is_cancelled_and_one_is_queued_again(
+def test_of_four_points_one_tries_again_one_is_cancelled_one_is_queued_again_and_one_fails(
     slurm: MiniSlurm, tmp_path: Path
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(WORK)
     profile, folder = tmp_path / "profile.yaml", tmp_path / "a sweep"
     profile.write_text(yaml.safe_dump({**PROFILE, "environment": {"PYTHONPATH": str(tmp_path)}, "retries": 1}))
-    stages = ("--stage", "prefetch,sft", "--sweep", "seed=1,2,3", "--cluster", profile)
+    stages = ("--stage", "prefetch,sft", "--sweep", "seed=1,2,3,4", "--cluster", profile)
     done = submit(folder, *stages, "--at-once", "2", "--no-follow", overrides=CHAIN_SETTINGS)
     assert done.status == 0, done.err
     said = re.search(
-        r"submitted as job arrays of 3 points, at most 2 at once: prefetch \((\d+)\), sft \((\d+)\)", done.out
+        r"submitted as job arrays of 4 points, at most 2 at once: prefetch \((\d+)\), sft \((\d+)\)", done.out
     )
     assert said is not None
     prefetch, sft = said.groups()
-    runs = [folder / f"seed={seed}" for seed in (1, 2, 3)]
+    runs = [folder / f"seed={seed}" for seed in (1, 2, 3, 4)]
     slow = [("-m pipeline.data.prefetch", run) for run in runs]
 
     # The third point takes the first one's place, which waits for its retry or has ended well.
-    wait_for(lambda: all(pids_running(run, words) for words, run in slow[1:]), "the second and the third point")
+    wait_for(lambda: all(pids_running(run, words) for words, run in slow[1:3]), "the second and the third point")
     waits = f"job {sft}_1 waits for the jobs before it (Dependency)"  # which Slurm says once it has looked at it
     wait_for(lambda: waits in status(runs[1], "sft"), "the reason", 60)
     slurm.command("scontrol", "requeue", f"{prefetch}_2")
@@ -76,6 +78,8 @@ def test_of_three_points_one_tries_again_one_is_cancelled_and_one_is_queued_agai
     wait_for(slurm.empty, "the other points to end", 180)
     bad, good = nodes(runs[0])
     assert bad != good
+    jobs = [slurm.command("scontrol", "--oneliner", "show", "job", f"{each}_3") for each in (prefetch, sft)]
+    assert [re.search(r" JobState=(\S+)", job)[1] for job in jobs] == ["FAILED", "CANCELLED"]
     excluded = [slurm.command("scontrol", "--oneliner", "show", "job", f"{sft}_{task}") for task in (0, 2)]
     assert [re.search(r" ExcNodeList=(\S+)", each)[1] for each in excluded] == [bad, "(null)"]  # and no other point's
 
@@ -89,9 +93,10 @@ def test_of_three_points_one_tries_again_one_is_cancelled_and_one_is_queued_agai
     assert again is not None
     assert (again["slurm_job_id"], again["slurm_restart_count"]) == (f"{prefetch}_2", "1")
     shown = command("sweep", folder).out.splitlines()
-    assert [line.split()[:3] for line in shown[1:4]] == [
-        *(["1", "sft", "done"], ["2", "cancelled:", "prefetch"], ["3", "sft", "done"]),
+    assert [line.split()[:3] for line in shown[1:5]] == [
+        *(["1", "sft", "done"], ["2", "cancelled:", "prefetch"], ["3", "sft", "done"], ["4", "failed:", "prefetch"]),
     ]
+    assert "cancelled" in status(runs[3], "sft")
 
     # By hand, under another array's number.
     (path,) = (folder / "arrays").glob("*/prefetch/*_submission.sh")
