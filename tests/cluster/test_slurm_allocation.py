@@ -126,7 +126,8 @@ def test_a_training_uses_every_node_of_the_allocation(slurm: MiniSlurm, finished
     job = sbatch(run, "--until", "train", *short, options=(*SIZE, "--nodes=2"))
     wait_for(lambda: list(run.glob("checkpoints/*/step-00000004")), f"the first checkpoint; see {log_of(run)}")
     with held(run):
-        assert len(endpoint.read_all(RunDir(run))) == 2
+        # A training begins when one of them answers.
+        wait_for(lambda: len(endpoint.read_all(RunDir(run))) == 2, "both nodes' servers", 60)
         launchers = pids_running(run, "pipeline.training.launch")
         assert sorted(environment_of(pid)["SLURMD_NODENAME"] for pid in launchers) == ["n1", "n2"]
     assert wait_for_end(slurm, job, run) == "COMPLETED"
