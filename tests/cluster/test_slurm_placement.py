@@ -96,7 +96,8 @@ def test_a_training_spreads_over_two_nodes_with_a_server_on_each(
     )
     wait_for(lambda: list(run.glob("checkpoints/*/step-00000004")), "the first checkpoint")
     with held(run):
-        assert len(endpoint.read_all(RunDir(run))) == 2
+        # A training begins when one of them answers.
+        wait_for(lambda: len(endpoint.read_all(RunDir(run))) == 2, "both nodes' servers", 60)
         launchers = pids_running(run, "pipeline.training.launch")
         assert sorted(environment_of(pid)["SLURMD_NODENAME"] for pid in launchers) == ["n1", "n2"]
     slurm.command("scontrol", "requeue", slurm.job_ids("-n", "hh-serve+train")[0])
