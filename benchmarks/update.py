@@ -57,7 +57,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     add_data_options(parser, vocabulary="in proportion to the width")
     add_options(parser, shape="gptj-narrow", unfrozen=2, rounds=5, rollouts=(16, "prompts of the phase"))
-    add_options(parser, new_tokens=128, seq_length=512, batch_size=4, epochs=(4, "epochs"), threads=2)
+    add_options(parser, new_tokens=128, seq_length=1024, batch_size=4, epochs=(4, "epochs"), threads=2)
     return parser.parse_args(argv)
 
 
