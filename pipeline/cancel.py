@@ -39,7 +39,11 @@ class _Open:
 
 def cancel(run: RunDir, grace_s: float) -> list[str]:
     """End all jobs of the run, a server on its own included; returns the stages that were ended."""
-    return [stage for each in _look(run) for stage in _cancel(run, each, grace_s)]
+    return _end(run, _look(run), grace_s)
+
+
+def _end(run: RunDir, found: Sequence[_Open], grace_s: float) -> list[str]:
+    return [stage for each in found for stage in _cancel(run, each, grace_s)]
 
 
 def _look(run: RunDir) -> list[_Open]:
@@ -124,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 slurm.cancel([job for opened in found.values() for each in opened for job in each.ids])
         for run, opened in found.items():
             try:
-                ended = [stage for each in opened for stage in _cancel(run, each, arguments.grace)]
+                ended = _end(run, opened, arguments.grace)
             except UserError as fault:
                 faults += _say(fault)
                 continue

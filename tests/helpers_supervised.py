@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,13 @@ from transformers import (
 from pipeline.config.load import dump, resolve
 from pipeline.data import prefetch
 from pipeline.run.directory import Artifact, Outputs, RunDir
+from pipeline.training import reward_model, sft
 from pipeline.training.models import disable_dropout
 from pipeline.training.reward_model import Pair
 from pipeline.training.sft import Dialogue
+
+MAINS: dict[str, Callable[[list[str]], int]] = {"sft": sft.main, "reward_model": reward_model.main}
+"""The commands."""
 
 TINY: dict[str, Any] = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "num_labels": 1}
 GPT: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -134,3 +139,22 @@ def same_weights(one: Path, two: Path) -> bool:
     """Whether two results hold the same model to the last bit."""
     first, second = (load_file(out / "model" / "model.safetensors") for out in (one, two))
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.fixture(scope="module")
+def prefetched(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run that has its data and its base model."""
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def run(prefetched: RunDir, tmp_path: Path) -> RunDir:
+    """A copy of it, for one test."""
+    shutil.copytree(prefetched.root, tmp_path / "run")
+    return RunDir(tmp_path / "run")
+
+
+def work(run: RunDir, method: str, out: str) -> tuple[int, Path]:
+    """Run a command: its exit status, and where its result is."""
+    folder = run.root / out
+    return MAINS[method](["--run", str(run.root), "--out", str(folder)]), folder

@@ -7,14 +7,13 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from helpers_supervised import TREE, configure, make_run, own_process_state, same_weights
+from helpers_supervised import TREE, configure, own_process_state, prefetched, run, same_weights, work
 
 from pipeline.config.load import resolve
 from pipeline.errors import UserError
@@ -22,34 +21,17 @@ from pipeline.run.directory import Artifact, Outputs, RunDir
 from pipeline.run.sources import compared_paths, policy_start_path, reward_model_path
 from pipeline.stages.base import digest
 from pipeline.stages.execute import link_artifacts
-from pipeline.training import fit, reward_model, sft
+from pipeline.training import fit
 from pipeline.training.best import Best
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.checkpoint_files import all_checkpoints, rotate
 from pipeline.training.metrics import read_rows
 
-__all__ = ["own_process_state"]  # a fixture of every test here
+__all__ = ["own_process_state", "prefetched", "run"]  # fixtures of the tests here
 
-MAINS: dict[str, Callable[[list[str]], int]] = {"sft": sft.main, "reward_model": reward_model.main}
 TOO_FAST = {"save_best": True, "eval_interval": 2, "checkpoint_interval": 4, "max_steps": 8, "scheduler": "constant"}
 RATE = 0.3
 """So high that the loss falls and then rises again: SFT's after step 6, the reward model's after step 2."""
-
-
-@pytest.fixture(scope="module")
-def prefetched(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    return make_run(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture
-def run(prefetched: RunDir, tmp_path: Path) -> RunDir:
-    shutil.copytree(prefetched.root, tmp_path / "run")
-    return RunDir(tmp_path / "run")
-
-
-def work(run: RunDir, method: str, out: str) -> tuple[int, Path]:
-    folder = run.root / out
-    return MAINS[method](["--run", str(run.root), "--out", str(folder)]), folder
 
 
 def result(out: Path) -> dict[str, Any]:

@@ -8,14 +8,12 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_supervised import configure, make_run, own_process_state, read_result, same_weights
+from helpers_supervised import configure, own_process_state, prefetched, read_result, run, same_weights, work
 from safetensors.torch import load_file
 
 from pipeline.config.methods import SFT
@@ -29,25 +27,7 @@ from pipeline.training import fit, reward_model, sft
 from pipeline.training.metrics import read_rows
 from pipeline.training.models import load_causal_lm
 
-__all__ = ["own_process_state"]  # a fixture of every test here
-
-MAINS: dict[str, Callable[[list[str]], int]] = {"sft": sft.main, "reward_model": reward_model.main}
-
-
-@pytest.fixture(scope="module")
-def prefetched(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    return make_run(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture
-def run(prefetched: RunDir, tmp_path: Path) -> RunDir:
-    shutil.copytree(prefetched.root, tmp_path / "run")
-    return RunDir(tmp_path / "run")
-
-
-def work(run: RunDir, method: str, out: str) -> tuple[int, Path]:
-    folder = run.root / out
-    return MAINS[method](["--run", str(run.root), "--out", str(folder)]), folder
+__all__ = ["own_process_state", "prefetched", "run"]  # fixtures of the tests here
 
 
 def test_sft_learns_and_a_rerun_gives_the_same_bits(run: RunDir) -> None:

@@ -120,7 +120,7 @@ def rewrite(folder: Path, state: dict[str, Any]) -> None:
 
 def test_another_tokenizer_is_another_training(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    session = supervised.start("sft", "sft", "", ["--run", str(run.root), "--out", str(tmp_path / "out")])
+    session = supervised.start("sft", "", ["--run", str(run.root), "--out", str(tmp_path / "out")])
     base, other = run.artifact("prefetch", "model"), tmp_path / "other"
     other.mkdir()
     (other / "tokenizer.json").write_text("{}")

@@ -168,7 +168,7 @@ def _right(margin: Tensor) -> Tensor:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the stage's work; returns the exit status."""
-    session = start("reward-model", "reward_model", __doc__ or "", argv)
+    session = start("reward-model", __doc__ or "", argv)
     run, config, settings = session.run, session.config, session.config.reward_model
     if settings.base == "sft":
         base = supervised_model(run, "sft")

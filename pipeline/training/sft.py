@@ -142,7 +142,7 @@ def make_task(settings: SFT, pad: int) -> Task[Dialogue]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the stage's work; returns the exit status."""
-    session = start("sft", "sft", __doc__ or "", argv)
+    session = start("sft", __doc__ or "", argv)
     run, config, settings = session.run, session.config, session.config.sft
     base = base_model_path(run, config)
     tokenizer = load_tokenizer(tokenizer_path(run, config, base))

@@ -66,13 +66,18 @@ class Session:
     @property
     def section(self) -> str:
         """The section of the configuration that its settings are."""
-        return self.stage.replace("-", "_")
+        return section_of(self.stage)
 
 
-def start(stage: str, section: str, description: str, argv: list[str] | None) -> Session:
+def section_of(stage: str) -> str:
+    """The section of the configuration that holds a supervised stage's settings."""
+    return stage.replace("-", "_")
+
+
+def start(stage: str, description: str, argv: list[str] | None) -> Session:
     """Parse the command line, join the other ranks (if any), seed everything, make CPU kernels repeatable."""
     run, config, out = parse_work(description, argv)
-    settings: Supervised = getattr(config, section)
+    settings: Supervised = getattr(config, section_of(stage))
     stop = StopRequest(run.stop_flag, run.save_flag(stage))
     accelerator = start_process(config, settings, run.tracker)
     ranks = Ranks(accelerator.process_index, accelerator.num_processes, accelerator.device)
