@@ -23,8 +23,6 @@ from pipeline.scheduler.submission import Submission
 from pipeline.status import open_run
 from pipeline.sweep.points import POINTS, SHARED, STOP, read_points
 
-_LOCK = Path("control", "submit.lock")
-
 
 @dataclass(frozen=True)
 class _Open:
@@ -119,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found: dict[RunDir, list[_Open]] = {}
         for run in _runs(arguments.run):
             try:
-                locks.enter_context(lock(run.root / _LOCK, "cancelling"))
+                locks.enter_context(lock(run.submit_lock, "cancelling"))
                 found[run] = _look(run)
             except UserError as fault:
                 faults += _say(fault)
@@ -150,7 +148,7 @@ def _runs(folder: Path) -> list[RunDir]:
         return [open_run(folder)]
     names = [SHARED, *(point.name for point in read_points(folder))]
     runs = [RunDir(Path(os.path.abspath(folder / name))) for name in reversed(names)]
-    begun = [run for run in runs if run.config.exists() or (run.root / _LOCK).exists()]
+    begun = [run for run in runs if run.config.exists() or run.submit_lock.exists()]
     return [open_run(run.root) if run.config.exists() else run for run in begun]
 
 

@@ -140,7 +140,7 @@ def submit_one(
     ending = _enter_allocation(run, config.cluster, no_follow)
     mine = True  # the jobs to follow, and not another submitter's
     while True:
-        with lock(run.root / "control" / "submit.lock", "submitting"):
+        with lock(run.submit_lock, "submitting"):
             submissions.recover(run)
             current = submissions.busy(run)
             if current is not None:

@@ -83,6 +83,11 @@ class RunDir:
         """Its presence asks the trainer to save and stop at the next step."""
         return self.root / "control" / "STOP"
 
+    @property
+    def submit_lock(self) -> Path:
+        """Held by whoever submits the run's jobs, or ends them."""
+        return self.root / "control" / "submit.lock"
+
     def save_flag(self, stage: str) -> Path:
         """The same for one stage: its job's own request. PPO's and ILQL's, which share a job with a server, is STOP."""
         return self.stop_flag if stage == "train" else self.stop_flag.with_name(f"STOP.{stage}")

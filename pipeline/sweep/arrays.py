@@ -103,7 +103,7 @@ def _candidate(place: Place, shared: RunDir, locks: contextlib.ExitStack) -> _Ca
 
     run = place.run
     taken = share.take(shared, run, place.config)
-    locks.enter_context(lock(run.root / "control" / "submit.lock", "submitting"))
+    locks.enter_context(lock(run.submit_lock, "submitting"))
     submissions.recover(run)
     if submissions.busy(run) is not None:
         return None

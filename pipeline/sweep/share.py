@@ -48,7 +48,7 @@ def take(shared: RunDir, run: RunDir, config: Config) -> list[str]:
     The fingerprint decides, as it does whether a stage runs again. While jobs of the point live, nothing is touched.
     """
     taken: list[str] = []
-    with lock(run.root / "control" / "submit.lock", "taking what the sweep shares"):
+    with lock(run.submit_lock, "taking what the sweep shares"):
         if submissions.busy(run) is not None:
             return taken
         context = Context(run, config, HashCache(run.root / "cache" / "hashes.json"))
