@@ -1,4 +1,4 @@
-"""A rank of tests/test_ppo_processes.py: its half of a phase's rows, in micro-batches of a few tokens."""
+"""A rank of tests/test_ppo_processes.py: its part of a phase's rows, in micro-batches of a few tokens."""
 
 from __future__ import annotations
 
